@@ -1,0 +1,36 @@
+"""Crash-proof, verified checkpoints and experiment tracking for any ML framework.
+
+The names below load on first use (PEP 562), so that importing the package costs a few milliseconds
+and never imports a framework.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManager
+    from model_checkpoint.checkpoint.storage import register_storage_backend
+    from model_checkpoint.tracking import ExperimentTracker
+
+__all__ = ["EnhancedCheckpointManager", "ExperimentTracker", "__version__", "register_storage_backend"]
+
+_HOME = {
+    "EnhancedCheckpointManager": "model_checkpoint.checkpoint.enhanced_manager",
+    "ExperimentTracker": "model_checkpoint.tracking",
+    "register_storage_backend": "model_checkpoint.checkpoint.storage",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,56 @@
+"""Array libraries behind one pair of verbs. A new library is a new module and one line in ``_ADAPTERS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from model_checkpoint.arrays.dtypes import CODES, DTYPES, DType
+from model_checkpoint.arrays.host import ArrayAdapter, HostArray, Layout
+from model_checkpoint.errors import MissingDependencyError
+
+__all__ = ["CODES", "DTYPES", "ArrayAdapter", "DType", "HostArray", "Layout", "adapter_for", "from_host", "view"]
+
+# Top-level module of the array's type -> where its adapter is. Loaded when such an array is met, so the library is
+# imported already: we never import one to find out whether an object is its own.
+_ADAPTERS = {
+    "builtins": "model_checkpoint.arrays.plain:PlainAdapter",
+    "array": "model_checkpoint.arrays.plain:PlainAdapter",
+    "numpy": "model_checkpoint.arrays.numpy:NumpyAdapter",
+    "ml_dtypes": "model_checkpoint.arrays.numpy:NumpyAdapter",
+    "torch": "model_checkpoint.arrays.torch:TorchAdapter",
+}
+_loaded: dict[str, ArrayAdapter] = {}
+
+
+def _adapter(library: str) -> ArrayAdapter:
+    target = _ADAPTERS[library]
+    if target not in _loaded:
+        module, name = target.split(":")
+        _loaded[target] = getattr(import_module(module), name)()
+    return _loaded[target]
+
+
+def adapter_for(kind: type) -> Callable[[object], HostArray | None] | None:
+    """Return the ``to_host`` verb for values of type ``kind`` (its base classes count too), or None."""
+    for base in kind.__mro__[:-1]:  # without object, which is in builtins too
+        library = base.__module__.partition(".")[0]
+        if library in _ADAPTERS:
+            return _adapter(library).to_host
+    return None
+
+
+def view(base: object, layout: Layout, offset: int) -> object:
+    """Return the part of the 1-D array ``base`` that ``layout`` describes, ``offset`` elements in; memory is shared."""
+    return _adapter(type(base).__module__.partition(".")[0]).view(base, layout, offset)
+
+
+def from_host(array: HostArray, device: object = None) -> object:
+    """Return the array as what wrote it where that library is installed, else as NumPy's, else as a memoryview."""
+    library = array.kind.partition(".")[0].partition(":")[0]
+    for candidate in (library if library in _ADAPTERS else "builtins", "numpy"):
+        try:
+            return _adapter(candidate).from_host(array, device)
+        except MissingDependencyError:
+            continue
+    return _adapter("builtins").from_host(array._replace(kind="memoryview"))

@@ -1,0 +1,53 @@
+"""NumPy arrays and scalars, with bfloat16 and the narrow floats through ml_dtypes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from model_checkpoint.arrays.dtypes import DTYPES
+from model_checkpoint.arrays.host import HostArray, Layout
+from model_checkpoint.utils.optional import require
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NARROW = ("bfloat16", "float8", "float6", "float4")
+
+
+class NumpyAdapter:
+    """Adapter of ``numpy.ndarray`` (kind ``numpy``) and of NumPy's scalars (kind ``numpy.scalar``)."""
+
+    def to_host(self, value: object) -> HostArray | None:
+        np = require("numpy", "numpy", "storing a NumPy array")
+        if not isinstance(value, (np.ndarray, np.generic)):
+            return None
+        if isinstance(value, np.ma.MaskedArray):
+            raise ValueError("a masked array has two parts; store its .data and its .mask")
+        array = np.asarray(value)
+        if array.dtype.name not in DTYPES:
+            raise ValueError(f"NumPy's dtype {array.dtype} has no portable form; convert it with .astype() first")
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        flat = np.ravel(little, order="C")  # a view when contiguous, a copy otherwise
+        kind = "numpy.scalar" if isinstance(value, np.generic) else "numpy"
+        identity = None
+        if kind == "numpy" and array.size and little is array and all(s >= 0 for s in array.strides):
+            strides = tuple(s // array.itemsize for s in array.strides)
+            identity = Layout("cpu", array.ctypes.data, array.dtype.name, array.shape, strides)
+        return HostArray(array.dtype.name, array.shape, memoryview(flat.view(np.uint8)), kind, identity)
+
+    def from_host(self, array: HostArray, device: object = None) -> object:
+        np = require("numpy", "numpy", "loading a NumPy array")
+        flat: np.ndarray[Any, Any] = np.frombuffer(array.data, dtype=self._dtype(np, array.dtype))
+        made = flat.reshape(array.shape)
+        return made[()] if array.kind == "numpy.scalar" else made
+
+    def view(self, base: object, layout: Layout, offset: int) -> object:
+        np = require("numpy", "numpy", "loading a NumPy array")
+        strides = [stride * base.itemsize for stride in layout.strides]  # type: ignore[attr-defined]
+        return np.lib.stride_tricks.as_strided(base[offset:], layout.shape, strides)  # type: ignore[index]
+
+    def _dtype(self, np: Any, name: str) -> Any:
+        if not name.startswith(_NARROW):
+            return np.dtype(name)
+        module = require("ml_dtypes", "numpy", f"loading {name} as a NumPy array")
+        return np.dtype(getattr(module, name))

@@ -1,0 +1,1 @@
+"""Checkpoints: state to disk and back."""

@@ -1,0 +1,40 @@
+"""What users pass to the manager, checked once at the edge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from model_checkpoint.checkpoint.catalog import NAMED_TYPES
+from model_checkpoint.errors import ConfigurationError
+from model_checkpoint.utils.jsonable import to_number
+
+_LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+
+
+def check_at_least_one(**values: int | None) -> None:
+    """Raise ConfigurationError unless each value is an integer from 1 (or None, for ``max_checkpoints``)."""
+    for name, value in values.items():
+        if name == "max_checkpoints" and value is None:
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
+
+
+def label(text: str) -> str:
+    """Return ``text`` if it can be a checkpoint type to save under, else raise ConfigurationError."""
+    if not isinstance(text, str) or not _LABEL.fullmatch(text) or text in NAMED_TYPES:
+        raise ConfigurationError(
+            f"checkpoint_type {text!r} cannot be a label; use letters, digits, '_', '.' and '-', beginning with a letter, "
+            f"and none of {', '.join(NAMED_TYPES)}"
+        )
+    return text
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as floats by name; raises ConfigurationError for a name, UnsupportedValueError for a value."""
+    for name in metrics:
+        if not isinstance(name, str):
+            raise ConfigurationError(f"metrics has a name that is no text: {name!r}")
+    return {name: to_number(value, f"metrics.{name}") for name, value in metrics.items()}

@@ -1,0 +1,70 @@
+"""Which checkpoint is best: pure decisions over numbers.
+
+A criterion is ``loss``, ``val_loss`` or ``metrics.<name>``. NaN is never best, and a tie keeps the earlier checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from model_checkpoint.database.models import CheckpointRecord
+from model_checkpoint.errors import ConfigurationError
+
+MINIMISED = ("loss", "error", "perplexity", "mae", "mse", "rmse", "wer", "cer")
+
+
+def direction(criterion: str, overrides: Mapping[str, str]) -> str:
+    """Return ``min`` or ``max``: the override of the metric's name, else ``min`` for names that end like a loss."""
+    name = criterion.removeprefix("metrics.")
+    return overrides.get(name) or ("min" if name.lower().endswith(MINIMISED) else "max")
+
+
+def check_overrides(overrides: Mapping[str, str]) -> dict[str, str]:
+    """Return a copy of ``best_metrics``.
+
+    Raises:
+        ConfigurationError: a direction is neither ``min`` nor ``max``.
+    """
+    for name, way in overrides.items():
+        if way not in ("min", "max"):
+            raise ConfigurationError(f"best_metrics[{name!r}] must be 'min' or 'max', not {way!r}")
+    return dict(overrides)
+
+
+def scores_of(record: CheckpointRecord) -> dict[str, float]:
+    """Return the criteria in which a checkpoint competes, with its values; NaN does not compete."""
+    if not record.update_best:
+        return {}
+    found = {f"metrics.{name}": value for name, value in record.metrics.items()}
+    if record.loss is not None:
+        found["loss"] = record.loss
+    if record.val_loss is not None:
+        found["val_loss"] = record.val_loss
+    return {criterion: value for criterion, value in found.items() if value == value}
+
+
+def flags_taken(
+    record: CheckpointRecord, holders: Mapping[str, float], overrides: Mapping[str, str]
+) -> dict[str, float]:
+    """Return the criteria that a new checkpoint takes from their holders, with its values.
+
+    Args:
+        record: the new checkpoint.
+        holders: criterion -> value of the checkpoint that is best so far.
+        overrides: metric name -> ``min`` or ``max``.
+    """
+    taken = {}
+    for criterion, value in scores_of(record).items():
+        held = holders.get(criterion)
+        if held is None or (value < held if direction(criterion, overrides) == "min" else value > held):
+            taken[criterion] = value
+    return taken
+
+
+def elect(records: Iterable[CheckpointRecord], overrides: Mapping[str, str]) -> dict[str, tuple[str, float]]:
+    """Return criterion -> (id, value) of the best over a whole history in the order of its commits."""
+    best: dict[str, tuple[str, float]] = {}
+    for record in records:
+        taken = flags_taken(record, {criterion: value for criterion, (_, value) in best.items()}, overrides)
+        best.update({criterion: (record.id, value) for criterion, value in taken.items()})
+    return best

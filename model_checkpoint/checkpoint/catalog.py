@@ -1,0 +1,252 @@
+"""The checkpoints of one directory as a user sees them: listing, finding, verification, statistics."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+from model_checkpoint.checkpoint.directory import CheckpointDirectory
+from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.models import CheckpointRecord
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ExperimentNotFoundError,
+    HookVetoError,
+    UnknownCheckpointTypeError,
+)
+from model_checkpoint.hooks import HookEvent, HookManager
+from model_checkpoint.integrity import CheckpointVerifier
+from model_checkpoint.integrity.verification import summarise
+from model_checkpoint.performance import LRUCache
+
+NAMED_TYPES = ("latest", "best_loss", "best_val_loss", "best_metric", "best:<metric>")
+
+
+class Tracker(Protocol):
+    """What a manager asks of an ``ExperimentTracker``."""
+
+    experiment_id: str
+    database: EnhancedDatabaseConnection
+    unflushed: Collection[Any]
+    version: int
+
+    def flush(self) -> None:
+        """Store what is buffered."""
+
+
+class CheckpointCatalog:
+    """What can be asked of checkpoints without loading them; ``EnhancedCheckpointManager`` sets it up."""
+
+    hook_manager: HookManager | None
+    _db: EnhancedDatabaseConnection
+    _directory: CheckpointDirectory
+    _tracker: Tracker | None
+    _cache: LRUCache | None
+    _best_metrics: dict[str, str]
+    _totals: dict[str, float]
+    _totals_lock: threading.Lock
+
+    def list_checkpoints(
+        self,
+        experiment_id: str | None = None,
+        checkpoint_type: str | None = None,
+        include_metadata: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Return this directory's checkpoints in the order of their commits.
+
+        Args:
+            experiment_id: whose; the tracker's when None, and all experiments' without a tracker.
+            checkpoint_type: only this type: a label given to ``save_checkpoint``, or one to load by (``best_val_loss``).
+            include_metadata: with the values given when saving, too.
+
+        Returns:
+            Dicts with ``checkpoint_id``, ``experiment_id``, ``sequence``, ``epoch``, ``step``, ``checkpoint_type``,
+            ``created_at`` (Unix seconds), ``size`` (bytes), ``status`` (``committed`` or ``corrupt``), ``pinned``,
+            ``best`` (criteria), the three ``is_best_*`` flags and ``verification`` (the last outcome, or None);
+            with metadata also ``loss``, ``val_loss``, ``metrics``, ``config``, ``notes``, ``model_name``, ``backend``
+            and ``path``.
+        """
+        experiment_id = experiment_id or self._own_experiment()
+        records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
+        if checkpoint_type == "latest":
+            newest = {record.experiment_id: record.id for record in records}
+            records = [record for record in records if newest[record.experiment_id] == record.id]
+        elif checkpoint_type is not None:
+            records = [r for r in records if self._is_of_type(r, checkpoint_type)]
+        return [self._describe(record, include_metadata) for record in records]
+
+    def _own_experiment(self) -> str | None:
+        return self._tracker.experiment_id if self._tracker is not None else None
+
+    def _named_experiment(self, experiment_id: str | None) -> str:
+        found = experiment_id or self._own_experiment()
+        if found is None:
+            raise ExperimentNotFoundError("Must provide experiment_id, or give the manager an experiment_tracker")
+        return found
+
+    def _primary_metric(self, experiment_id: str) -> str:
+        """Return the criterion behind ``best_metric``: the first of ``best_metrics``, else the first ever saved."""
+        if self._best_metrics:
+            return f"metrics.{next(iter(self._best_metrics))}"
+        seen = (c for c in self._db.checkpoints.holders(experiment_id) if c.startswith("metrics."))
+        return next(seen, "metrics.")
+
+    def _criterion(self, experiment_id: str, checkpoint_type: str) -> str | None:
+        if checkpoint_type in ("best_loss", "best_val_loss"):
+            return checkpoint_type.removeprefix("best_")
+        if checkpoint_type == "best_metric":
+            return self._primary_metric(experiment_id)
+        name = checkpoint_type.removeprefix("best:")
+        if name == checkpoint_type:
+            return None
+        return name if name in ("loss", "val_loss") else f"metrics.{name}"
+
+    def _is_of_type(self, record: CheckpointRecord, checkpoint_type: str) -> bool:
+        criterion = self._criterion(record.experiment_id, checkpoint_type)
+        return record.checkpoint_type == checkpoint_type if criterion is None else criterion in record.best
+
+    def _flags(self, record: CheckpointRecord) -> dict[str, Any]:
+        primary = self._primary_metric(record.experiment_id) if record.best else ""
+        return {
+            "checkpoint_id": record.id,
+            "experiment_id": record.experiment_id,
+            "epoch": record.epoch,
+            "step": record.step,
+            "checkpoint_type": record.checkpoint_type,
+            "is_best_loss": "loss" in record.best,
+            "is_best_val_loss": "val_loss" in record.best,
+            "is_best_metric": primary in record.best,
+        }
+
+    def _describe(self, record: CheckpointRecord, include_metadata: bool) -> dict[str, Any]:
+        told = {
+            **self._flags(record),
+            "sequence": record.sequence,
+            "created_at": record.created_at,
+            "size": record.size,
+            "status": record.status,
+            "pinned": record.pinned,
+            "best": sorted(record.best),
+            "verification": record.verification,
+        }
+        if include_metadata:
+            names = ("loss", "val_loss", "metrics", "config", "notes", "model_name", "backend")
+            told.update({name: getattr(record, name) for name in names})
+            told["path"] = self._directory.folder(record.experiment_id, record.id)
+        return told
+
+    def _cached(self, key: tuple[str, ...], read: Callable[[], Any]) -> Any:
+        """Return ``read()``, or what it returned before if no process has changed the store's checkpoints since."""
+        if self._cache is None:
+            return read()
+        revision = self._db.checkpoints.revision(self._directory.store_id)  # before reading, so an entry is never newer
+        entry = self._cache.get(key)
+        if entry is None or entry[0] != revision:
+            entry = (revision, read())
+            self._cache.set(key, entry)
+        return entry[1]
+
+    def _record(self, checkpoint_id: str) -> CheckpointRecord:
+        record = self._cached(
+            ("record", checkpoint_id), lambda: self._db.checkpoints.get(self._directory.store_id, checkpoint_id)
+        )
+        if record is None:
+            raise CheckpointNotFoundError(checkpoint_id, f"list_checkpoints() shows those in {self._directory.path}")
+        return record  # type: ignore[no-any-return]
+
+    def _resolve(self, experiment_id: str, checkpoint_type: str) -> str:
+        found = self._cached(
+            ("resolve", experiment_id, checkpoint_type), lambda: self._look_up(experiment_id, checkpoint_type)
+        )
+        if found is not None:
+            return str(found)
+        store = self._directory.store_id
+        if self._db.experiments.get(experiment_id) is None:
+            raise ExperimentNotFoundError(
+                f"experiment {experiment_id!r} is not in {self._db!r}; check the id and database"
+            )
+        if self._criterion(experiment_id, checkpoint_type) is None and checkpoint_type != "latest":
+            labels = {r.checkpoint_type for r in self._db.checkpoints.records(store, experiment_id)}
+            raise UnknownCheckpointTypeError(checkpoint_type, [*NAMED_TYPES, *sorted(labels)])
+        elsewhere = self._db.checkpoints.elsewhere(store, experiment_id)
+        advice = f"it has checkpoints in {', '.join(elsewhere)}; open that directory" if elsewhere else "save one first"
+        raise CheckpointNotFoundError(
+            f"{checkpoint_type} of experiment {experiment_id} in {self._directory.path}", advice
+        )
+
+    def _look_up(self, experiment_id: str, checkpoint_type: str) -> str | None:
+        store, rows = self._directory.store_id, self._db.checkpoints
+        criterion = self._criterion(experiment_id, checkpoint_type)
+        if criterion is None:
+            return rows.latest(store, experiment_id, None if checkpoint_type == "latest" else checkpoint_type)
+        holder = rows.holders(experiment_id).get(criterion)
+        return holder if holder is not None and rows.get(store, holder) is not None else None
+
+    def verify_experiment_integrity(
+        self, experiment_id: str | None = None, on_bytes: Callable[[int], object] | None = None
+    ) -> dict[str, Any]:
+        """Hash every file of every checkpoint and compare; every outcome is recorded.
+
+        Args:
+            experiment_id: whose; the tracker's when None, and all in this directory without a tracker.
+            on_bytes: called with the number of bytes after each part that was hashed, for progress bars.
+
+        Returns:
+            ``total_checkpoints``, ``verified``, ``failed`` and ``checkpoint_results`` (by id: ``verified``, ``error``,
+            ``verified_at``, ``files`` with both digests of each).
+
+        Raises:
+            HookVetoError: a hook stopped it.
+        """
+        verifier = CheckpointVerifier(self._db)
+        wanted = experiment_id or self._own_experiment()
+        results = []
+        for record in self._db.checkpoints.records(self._directory.store_id, wanted):
+            self._fire(HookEvent.BEFORE_INTEGRITY_CHECK, {}, record.id, record.experiment_id)
+            results.append(verifier.verify_checkpoint(record.id, on_bytes))
+            outcome = {"verified": results[-1]["verified"], "error": results[-1]["error"]}
+            self._fire(HookEvent.AFTER_INTEGRITY_CHECK, outcome, record.id, record.experiment_id)
+        return summarise(results)
+
+    def get_experiment_statistics(self, experiment_id: str | None = None) -> dict[str, Any]:
+        """Return counts and sizes of one experiment's checkpoints here (the tracker's when None).
+
+        Returns:
+            ``experiment_id``, ``total_checkpoints``, ``total_size`` (bytes), ``by_type`` (label -> count), ``pinned``,
+            ``corrupt``, ``first_epoch``, ``last_epoch``, and ``best``: criterion -> ``checkpoint_id`` and ``value``.
+
+        Raises:
+            ExperimentNotFoundError: no experiment is named and there is no tracker.
+        """
+        experiment_id = self._named_experiment(experiment_id)
+        records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
+        labels = [record.checkpoint_type for record in records]
+        return {
+            "experiment_id": experiment_id,
+            "total_checkpoints": len(records),
+            "total_size": sum(record.size for record in records),
+            "by_type": {label: labels.count(label) for label in dict.fromkeys(labels)},
+            "pinned": sum(record.pinned for record in records),
+            "corrupt": sum(record.status == "corrupt" for record in records),
+            "first_epoch": min((record.epoch for record in records), default=None),
+            "last_epoch": max((record.epoch for record in records), default=None),
+            "best": {c: {"checkpoint_id": r.id, "value": r.score(c)} for r in records for c in sorted(r.best)},
+        }
+
+    def get_performance_statistics(self) -> dict[str, Any]:
+        """Return what this manager did: ``saves``, ``loads``, ``bytes_written``, ``save_seconds``, ``load_seconds`` (sums),
+        ``cache`` (see ``LRUCache.stats``, None without one) and ``hooks`` (see ``HookManager.get_performance_stats``)."""
+        with self._totals_lock:
+            totals: dict[str, Any] = dict(self._totals)
+        totals["cache"] = self._cache.stats() if self._cache is not None else None
+        totals["hooks"] = self.hook_manager.get_performance_stats() if self.hook_manager is not None else {}
+        return totals
+
+    def _fire(self, event: HookEvent, data: Mapping[str, Any], checkpoint_id: str, experiment_id: str) -> None:
+        """Run the hooks of ``event``; raises HookVetoError where one vetoes."""
+        if self.hook_manager is None or event not in self.hook_manager.listening:
+            return
+        result = self.hook_manager.fire_hook(event, data=data, checkpoint_id=checkpoint_id, experiment_id=experiment_id)
+        if result.stopped_by is not None:
+            raise HookVetoError(result.stopped_by, event.value, result.reason)

@@ -1,0 +1,257 @@
+"""The checkpoint directory: staging, publication, trash and the lock that keeps saving and removal apart.
+
+<path>/.engine/format.json    format version and the id of this directory (its store id)
+<path>/.engine/gc.lock        flock: shared by every save and load, exclusive for removal and recovery
+<path>/.engine/staging/<id>/  a checkpoint that is being written
+<path>/.engine/trash/<id>/    a removed checkpoint that can still be brought back
+<path>/<experiment>/<id>/     a published checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
+from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
+from model_checkpoint.errors import ConfigurationError, FormatVersionError, LockTimeoutError, StorageError
+from model_checkpoint.integrity.hashing import HashingWriter
+from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
+
+FORMAT_VERSION = 1
+_LOCK_POLL = 0.02  # seconds between tries for the exclusive lock
+
+ManifestOf = Callable[[Sequence[FileEntry]], tuple[bytes, str]]  # the manifest's bytes and their digest
+
+
+class CheckpointDirectory:
+    """One checkpoint directory, shared by any number of managers and processes.
+
+    Args:
+        path: where it is; made when it does not exist.
+
+    Attributes:
+        path: absolute.
+        store_id: its UUID, which stays when it is moved.
+
+    Raises:
+        StorageError: it cannot be made or written.
+        ConfigurationError: a file is in the way.
+        FormatVersionError: a newer version of this package wrote it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._engine = os.path.join(self.path, ".engine")
+        self._staging = os.path.join(self._engine, "staging")
+        self._trash = os.path.join(self._engine, "trash")
+        self._known: set[str] = set()  # experiment folders that exist, durably
+        try:
+            for folder in (self._staging, self._trash):
+                os.makedirs(folder, exist_ok=True)
+            self.store_id = self._identify()
+            for folder in (self._engine, self.path, os.path.dirname(self.path)):
+                _sync_folder(folder)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigurationError(
+                f"checkpoint_dir {self.path}: {error.filename} is a file; choose another directory or move the file away"
+            ) from error
+        except OSError as error:
+            advice = "choose a checkpoint_dir that you may write to, on a disk with space"
+            raise StorageError("open the checkpoint directory", self.path, error, advice) from error
+
+    def _identify(self) -> str:
+        name = os.path.join(self._engine, "format.json")
+        if not os.path.exists(name):
+            text = json.dumps({"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}).encode()
+            mine = f"{name}.{uuid.uuid4()}"
+            with HashingWriter(mine, hashed=False) as file:
+                file.write(text)
+            try:
+                os.link(mine, name)  # of several processes that open a new directory, the first one names it
+            except FileExistsError:
+                pass
+            finally:
+                os.unlink(mine)
+        with open(name, "rb") as file:
+            try:
+                content = json.load(file)
+                version, store_id = int(content["format_version"]), str(uuid.UUID(content["store_id"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigurationError(
+                    f"{name} is damaged ({error}); restore it from a copy, or move it away: a new one is made and the "
+                    "checkpoints are found again by their manifests"
+                ) from error
+        if version > FORMAT_VERSION:
+            raise FormatVersionError(f"checkpoint directory {self.path}", version, FORMAT_VERSION)
+        return store_id
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the directory's lock shared: nothing is removed or recovered meanwhile. The kernel drops it on death."""
+        descriptor = self._open_lock()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def exclusive(self, timeout: float) -> Iterator[None]:
+        """Hold the lock alone: no save is under way in any process.
+
+        Raises:
+            LockTimeoutError: others held it for ``timeout`` seconds.
+        """
+        descriptor = self._open_lock()
+        deadline = time.monotonic() + timeout
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise LockTimeoutError(
+                            f"{self.path} is in use by a save or load of another thread or process; try again when it is done"
+                        ) from None
+                    time.sleep(_LOCK_POLL)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _open_lock(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(os.path.join(self._engine, "gc.lock"), flags, 0o644)
+
+    def folder(self, experiment_id: str, checkpoint_id: str) -> str:
+        """Return the path of a published checkpoint; both ids are our own UUIDs, never text from outside."""
+        return os.path.join(self.path, experiment_id, checkpoint_id)
+
+    def write(
+        self,
+        experiment_id: str,
+        checkpoint_id: str,
+        planned: Iterable[PlannedFile],
+        manifest_of: ManifestOf,
+        *,
+        codec: str | None,
+        hashed: bool,
+    ) -> tuple[list[FileEntry], str]:
+        """Write a checkpoint beside the others and publish it whole; the caller holds ``shared()``.
+
+        Everything is on stable storage when this returns. When it raises, nothing was published.
+
+        Args:
+            experiment_id, checkpoint_id: where it goes.
+            planned: its files.
+            manifest_of: makes the manifest from the files as they were written.
+            codec: compression of the files, or None.
+            hashed: whether to compute digests.
+
+        Returns:
+            The files as they were written, and the manifest's digest.
+
+        Raises:
+            StorageError: the file system refused (full, read-only, I/O error); the staging folder is removed.
+        """
+        staging, target = os.path.join(self._staging, checkpoint_id), self.folder(experiment_id, checkpoint_id)
+        try:
+            os.mkdir(staging)
+            entries = [_write_file(staging, file, codec, hashed) for file in planned]
+            manifest, digest = manifest_of(entries)
+            with HashingWriter(os.path.join(staging, FILE_NAME), hashed=False) as file:
+                file.write(manifest)
+            _sync_folder(staging)
+            if experiment_id not in self._known:
+                os.makedirs(os.path.join(self.path, experiment_id), exist_ok=True)
+                _sync_folder(self.path)
+                self._known.add(experiment_id)
+            os.rename(staging, target)  # the id is new, and a folder that has files is never replaced
+            _sync_folder(os.path.dirname(target))
+            return entries, digest
+        except BaseException as error:
+            for folder in (staging, target):
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                advice = "earlier checkpoints are untouched; free space or check the disk, then save again"
+                raise StorageError("publish a checkpoint", error.filename or staging, error, advice) from error
+            raise
+
+    def published(self) -> dict[str, str]:
+        """Return checkpoint id -> experiment id of every folder that is named like a checkpoint."""
+        found = {}
+        for experiment in os.listdir(self.path):
+            if _is_id(experiment):
+                for checkpoint in os.listdir(os.path.join(self.path, experiment)):
+                    if _is_id(checkpoint):
+                        found[checkpoint] = experiment
+        return found
+
+    def staged(self) -> list[str]:
+        """Return the ids of unfinished checkpoints."""
+        return [name for name in os.listdir(self._staging) if _is_id(name)]
+
+    def discard_staged(self, checkpoint_id: str) -> None:
+        """Remove an unfinished checkpoint whose writer is dead; the caller holds ``exclusive()``."""
+        shutil.rmtree(os.path.join(self._staging, checkpoint_id))
+
+    def trash(self, experiment_id: str, checkpoint_id: str) -> None:
+        """Move a published checkpoint to the trash; one that is not there is there no longer, which is as good."""
+        self._move(self.folder(experiment_id, checkpoint_id), os.path.join(self._trash, checkpoint_id))
+
+    def restore(self, experiment_id: str, checkpoint_id: str) -> None:
+        """Move a checkpoint from the trash to where it was."""
+        os.makedirs(os.path.join(self.path, experiment_id), exist_ok=True)
+        self._move(os.path.join(self._trash, checkpoint_id), self.folder(experiment_id, checkpoint_id))
+
+    def _move(self, source: str, target: str) -> None:
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError("move a checkpoint", source, error, "it is where it was") from error
+        _sync_folder(os.path.dirname(target))
+        _sync_folder(os.path.dirname(source))
+
+    def in_trash(self) -> list[str]:
+        """Return the ids of what is in the trash."""
+        return [name for name in os.listdir(self._trash) if _is_id(name)]
+
+    def unlink_trashed(self, checkpoint_id: str) -> None:
+        """Remove a checkpoint in the trash for good."""
+        shutil.rmtree(os.path.join(self._trash, checkpoint_id), ignore_errors=True)
+
+
+def _write_file(staging: str, file: PlannedFile, codec: str | None, hashed: bool) -> FileEntry:
+    name = file.name if codec is None else file.name + SUFFIX[codec]
+    with HashingWriter(os.path.join(staging, name), hashed) as writer:
+        if codec is None:
+            file.write(writer)
+            return FileEntry(name, file.component, writer.size, writer.digest())
+        compressing = CompressingSink(writer, codec)
+        file.write(compressing)
+        compressing.finish()
+        return FileEntry(name, file.component, writer.size, writer.digest(), codec, compressing.raw_size)
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_id(name: str) -> bool:
+    try:
+        return str(uuid.UUID(name)) == name
+    except ValueError:
+        return False

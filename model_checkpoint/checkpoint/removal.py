@@ -1,0 +1,183 @@
+"""What stays and what goes: pinning, retention, deletion and the trash. The one place that removes checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from model_checkpoint.checkpoint.best import elect
+from model_checkpoint.checkpoint.catalog import CheckpointCatalog
+from model_checkpoint.checkpoint.retention import (
+    Protection,
+    RetentionPlan,
+    RetentionPolicy,
+    plan_by_count,
+    plan_by_policy,
+)
+from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, HookVetoError, LockTimeoutError
+from model_checkpoint.hooks import HookEvent
+
+_PATIENCE = 10.0  # seconds that an explicit removal waits for saves of other processes
+_RETENTION_PATIENCE = 0.2  # seconds that a save's retention pass waits; the next save makes up for a skipped one
+
+
+class CheckpointRemoval(CheckpointCatalog):
+    """Removal and its opposites; ``EnhancedCheckpointManager`` sets it up."""
+
+    _protection: Protection
+    _policy: RetentionPolicy | None
+    _max_checkpoints: int | None
+    _save_frequency: int
+
+    def pin(self, checkpoint_id: str) -> None:
+        """Protect a checkpoint from retention and ``delete_checkpoint`` until it is unpinned.
+
+        Raises:
+            CheckpointNotFoundError: there is none with this id here.
+        """
+        self._db.checkpoints.set_pinned(self._record(checkpoint_id).id, True)
+
+    def unpin(self, checkpoint_id: str) -> None:
+        """Take the protection of ``pin`` back.
+
+        Raises:
+            CheckpointNotFoundError: there is none with this id here.
+        """
+        self._db.checkpoints.set_pinned(self._record(checkpoint_id).id, False)
+
+    def retention_plan(self, experiment_id: str | None = None) -> RetentionPlan:
+        """Return what a retention pass would remove now, and why each other checkpoint stays; nothing is changed.
+
+        Raises:
+            ExperimentNotFoundError: no experiment is named and there is no tracker.
+        """
+        experiment_id = self._named_experiment(experiment_id)
+        records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
+        if self._policy is not None:
+            return plan_by_policy(records, self._policy, self._protection, time.time())
+        return plan_by_count(records, self._max_checkpoints, self._save_frequency, self._protection)
+
+    def _retain(self, experiment_id: str) -> None:
+        """Carry out the retention plan after a save; what another process is using is left to the next pass."""
+        if self._policy is None:
+            count = self._db.checkpoints.count(self._directory.store_id, experiment_id)
+            if self._max_checkpoints is None or count <= self._max_checkpoints:
+                return
+        doomed = [i for i in self.retention_plan(experiment_id).removed if self._may_go(experiment_id, i) is None]
+        try:
+            with self._directory.exclusive(_RETENTION_PATIENCE):
+                gone = self._remove(
+                    experiment_id, lambda: self.retention_plan(experiment_id).removed, doomed, new_pass=True
+                )
+        except LockTimeoutError:
+            return
+        self._after_removal(experiment_id, gone)
+
+    def _may_go(self, experiment_id: str, checkpoint_id: str) -> HookVetoError | None:
+        """Ask the BEFORE hooks of a removal; return their veto or None."""
+        try:
+            self._fire(HookEvent.BEFORE_CHECKPOINT_DELETE, {}, checkpoint_id, experiment_id)
+        except HookVetoError as veto:
+            return veto
+        return None
+
+    def _after_removal(self, experiment_id: str, gone: Mapping[str, str]) -> None:
+        for checkpoint_id, reason in gone.items():
+            self._fire(HookEvent.AFTER_CHECKPOINT_DELETE, {"reason": reason}, checkpoint_id, experiment_id)
+
+    def _remove(
+        self, experiment_id: str, reread: Callable[[], Mapping[str, str]], only: Collection[str], new_pass: bool
+    ) -> dict[str, str]:
+        """Move checkpoints to the trash, tombstones first; the caller holds the directory's lock alone.
+
+        Args:
+            experiment_id: whose.
+            reread: returns id -> reason of what may go, called in the transaction, so that it sees the latest rows.
+            only: of these, the ones that nobody vetoed.
+            new_pass: a retention pass, which first unlinks what passes before the last one removed.
+        """
+        store, rows = self._directory.store_id, self._db.checkpoints
+        with self._db.transaction(durable=True):
+            generation = rows.generation(store)
+            doomed = {key: reason for key, reason in reread().items() if key in only}
+            records = rows.records(store, experiment_id)
+            stay = [record for record in records if record.id not in doomed]
+            lost = any(record.best for record in records if record.id in doomed)
+            best = {experiment_id: elect(stay, self._best_metrics)} if lost else {}
+            rows.trash(store, doomed, generation + new_pass, best)
+        for checkpoint_id in doomed:
+            self._directory.trash(experiment_id, checkpoint_id)
+        if new_pass:
+            self._purge(generation)
+        return doomed
+
+    def _purge(self, before_generation: int | None = None) -> int:
+        found = self._db.checkpoints.trashed(self._directory.store_id, before_generation)
+        self._db.checkpoints.purge([checkpoint_id for checkpoint_id, *_ in found])
+        for checkpoint_id, *_ in found:
+            self._directory.unlink_trashed(checkpoint_id)
+        return sum(size for *_, size in found)
+
+    def delete_checkpoint(self, checkpoint_id: str) -> bool:
+        """Move a checkpoint to the trash; best flags that it held pass to the next best.
+
+        ``undelete`` brings it back until the trash is emptied: by ``empty_trash``, or by the second retention pass that
+        removes something after this.
+
+        Returns:
+            True.
+
+        Raises:
+            CheckpointNotFoundError: there is none with this id here.
+            ConfigurationError: it is pinned.
+            HookVetoError: a hook stopped it.
+            LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+        """
+        record = self._record(checkpoint_id)
+        if record.pinned:
+            raise ConfigurationError(f"checkpoint {checkpoint_id} is pinned; unpin({checkpoint_id!r}) first")
+        veto = self._may_go(record.experiment_id, checkpoint_id)
+        if veto is not None:
+            raise veto
+        with self._directory.exclusive(_PATIENCE):
+            reason = {checkpoint_id: "deleted by the user"}
+            gone = self._remove(record.experiment_id, lambda: reason, reason, new_pass=False)
+        self._after_removal(record.experiment_id, gone)
+        return True
+
+    def undelete(self, checkpoint_id: str) -> None:
+        """Bring a removed checkpoint back from the trash, pinned, or the next retention pass would take it again.
+
+        Raises:
+            CheckpointNotFoundError: it is not in the trash (any more).
+            LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+        """
+        store, rows = self._directory.store_id, self._db.checkpoints
+        with self._directory.exclusive(_PATIENCE):
+            found = {key: experiment for key, experiment, *_ in rows.trashed(store)}
+            if checkpoint_id not in found:
+                raise CheckpointNotFoundError(f"{checkpoint_id} in the trash", "list_trash() shows what is there")
+            experiment_id = found[checkpoint_id]
+            self._directory.restore(experiment_id, checkpoint_id)
+            with self._db.transaction(durable=True):
+                rows.restore(store, checkpoint_id)
+                rows.set_pinned(checkpoint_id, True)
+                rows.replace_holders(experiment_id, elect(rows.records(store, experiment_id), self._best_metrics))
+
+    def list_trash(self) -> list[dict[str, Any]]:
+        """Return what ``undelete`` can bring back: dicts with ``checkpoint_id``, ``experiment_id``, ``reason``, ``size``."""
+        names = ("checkpoint_id", "experiment_id", "reason", "size")
+        return [dict(zip(names, row)) for row in self._db.checkpoints.trashed(self._directory.store_id)]
+
+    def empty_trash(self) -> int:
+        """Remove everything in the trash for good.
+
+        Returns:
+            The bytes reclaimed.
+
+        Raises:
+            LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+        """
+        with self._directory.exclusive(_PATIENCE):
+            return self._purge()

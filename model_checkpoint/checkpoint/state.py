@@ -1,0 +1,285 @@
+"""Training state <-> a JSON tree of plain values plus named arrays in host memory. No pickle, no framework imported.
+
+The tree is ordinary JSON; what JSON cannot say is an object with one key that begins with ``$``:
+``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``, ``{"$ordered": ...}``, ``{"$set": ...}``, ``{"$float": "nan"}``,
+``{"$int": "0x..."}``, ``{"$complex": [re, im]}``, ``{"$torch": "float32"}``, ``{"$array": key, ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, from_host, view
+from model_checkpoint.checkpoint.ties import Placed, merge_overlaps
+from model_checkpoint.errors import FormatError, UnsupportedValueError
+
+_ADVICE = (
+    "pass arrays, numbers, strings, bytes, lists, tuples, dicts, or an object with state_dict(); "
+    "nothing is pickled, so convert it to one of these first"
+)
+_ATOMS = (str, bool, type(None))
+
+
+class EncodedState(NamedTuple):
+    """A state as it is stored.
+
+    Attributes:
+        tree: component name (``model``, ``optimizer``, ...) -> its JSON tree.
+        arrays: component name -> key -> the array; the memory is borrowed from the caller's objects.
+        kept: the caller's objects that the arrays borrow from, held so that no address is used twice.
+    """
+
+    tree: dict[str, Any]
+    arrays: dict[str, dict[str, HostArray]]
+    kept: list[object]
+
+    def to_json(self) -> bytes:
+        """Return the tree as the bytes of ``state.json``."""
+        return json.dumps(self.tree, separators=(",", ":"), allow_nan=False).encode()
+
+
+def encode(components: Mapping[str, object]) -> EncodedState:
+    """Take training objects apart.
+
+    Args:
+        components: name -> object: anything with ``state_dict()``, or a nested dict, list or tuple of arrays, such
+            objects and plain values. Nothing of it is changed.
+
+    Raises:
+        UnsupportedValueError: a value that has no safe form; it names the path, the type and what to do.
+    """
+    encoder = _Encoder()
+    for name, value in components.items():
+        encoder.component = encoder.arrays.setdefault(name, {})
+        try:
+            encoder.tree[name] = encoder.node(value, (name,))
+        except RecursionError:
+            raise UnsupportedValueError(name, value, "it is nested too deeply") from None
+    placed = sorted(encoder.placed, key=_address)
+    if any([a.address + span > b.address for (a, span, _), (b, _, _) in zip(placed, placed[1:])]):
+        merge_overlaps(encoder.arrays, placed)
+    return EncodedState(encoder.tree, encoder.arrays, encoder.kept)
+
+
+_address = itemgetter(0)  # a Layout sorts by device, then address
+
+
+def path_text(path: tuple[object, ...]) -> str:
+    """Return ``("config", "betas", 1)`` as ``config.betas[1]``, as errors print it."""
+    text = str(path[0])
+    for part in path[1:]:
+        text += f".{part}" if isinstance(part, str) else f"[{part!r}]"
+    return text
+
+
+_TO_HOST: WeakKeyDictionary[type, Callable[[object], HostArray | None] | None] = WeakKeyDictionary()
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.tree: dict[str, Any] = {}
+        self.arrays: dict[str, dict[str, HostArray]] = {}
+        self.component: dict[str, HostArray] = {}
+        self.kept: list[object] = []
+        self.placed: list[Placed] = []
+        self._tied: dict[object, dict[str, Any]] = {}
+        self._open: set[int] = set()
+
+    def node(self, value: Any, path: tuple[object, ...]) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        if kind is int:
+            return value if value.bit_length() < 64 else {"$int": hex(value)}
+        if kind is float:
+            return value if value - value == 0 else {"$float": repr(value)}
+        if kind in (dict, list, tuple, OrderedDict):
+            return self._container(value, kind, path)
+        if kind not in _TO_HOST:
+            _TO_HOST[kind] = adapter_for(kind)
+        to_host = _TO_HOST[kind]
+        if to_host is not None:
+            try:
+                array = to_host(value)
+            except ValueError as error:
+                raise UnsupportedValueError(path_text(path), value, str(error)) from error
+            if array is not None:
+                return self._array(value, array, path)
+        return self._rare(value, kind, path)
+
+    def _array(self, value: object, array: HostArray, path: tuple[object, ...]) -> dict[str, Any]:
+        if array.identity is not None and array.identity in self._tied:
+            return self._tied[array.identity]
+        key = ".".join(str(part) for part in path[1:]) or str(path[0])
+        key = key.encode("utf-8", "backslashreplace").decode()
+        base, copies = key, 1
+        while key in self.component or key == "__metadata__":  # {"a.b": x, "a": {"b": y}}, or SafeTensors' own name
+            copies += 1
+            key = f"{base}#{copies}"
+        self.component[key] = array
+        self.kept.append(value)
+        reference = {
+            "$array": key,
+            "of": str(path[0]),
+            "kind": array.kind,
+            "dtype": array.dtype,
+            "shape": list(array.shape),
+        }
+        if array.identity is not None:
+            self._tied[array.identity] = reference
+            if isinstance(array.identity, Layout):
+                reach = sum([(n - 1) * s for n, s in zip(array.shape, array.identity.strides)]) + 1
+                self.placed.append((array.identity, reach * DTYPES[array.dtype].bits // 8, reference))
+        return reference
+
+    def _container(self, value: Any, kind: type, path: tuple[object, ...]) -> Any:
+        if id(value) in self._open:
+            raise UnsupportedValueError(path_text(path), value, "it contains itself; break the cycle first")
+        self._open.add(id(value))
+        node = self.node
+        made: Any
+        if kind is dict or kind is OrderedDict:
+            named = kind is dict
+            for k in value:
+                named = named and type(k) is str and not k.startswith("$")
+            if named:
+                made = {k: node(v, (*path, k)) for k, v in value.items()}
+            else:
+                pairs = [[node(k, (*path, k)), node(v, (*path, k))] for k, v in value.items()]
+                made = {"$dict" if kind is dict else "$ordered": pairs}
+                if hasattr(value, "_metadata"):  # what torch hangs on a state_dict: versions of each module's layout
+                    made["metadata"] = node(value._metadata, (*path, "_metadata"))
+        else:
+            items = [node(v, (*path, i)) for i, v in enumerate(value)]
+            made = items if kind is list else {"$tuple": items}
+        self._open.discard(id(value))
+        return made
+
+    def _rare(self, value: Any, kind: type, path: tuple[object, ...]) -> Any:
+        if callable(getattr(value, "state_dict", None)):
+            state = value.state_dict()
+            self.kept.append(state)
+            return self.node(state, path)
+        if kind is complex:
+            return {"$complex": [self.node(value.real, path), self.node(value.imag, path)]}
+        if kind in (set, frozenset):
+            try:
+                ordered = sorted(value)
+            except TypeError:
+                ordered = list(value)
+            return {f"${kind.__name__}": [self.node(v, path) for v in ordered]}
+        if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
+            return {"$torch": str(value), "type": kind.__name__}
+        for base in (OrderedDict, dict, list, tuple):  # subclasses, such as defaultdict, torch.Size and named tuples
+            if isinstance(value, base):
+                return self._container(value, base, path)
+        for plain in (int, float, str):
+            if isinstance(value, plain):
+                return self.node(plain(value), path)
+        raise UnsupportedValueError(path_text(path), value, _ADVICE)
+
+
+class Decoder:
+    """Builds objects from a tree; tied arrays come back as one object.
+
+    Args:
+        fetch: ``(component, key)`` -> the stored array, its dtype and shape those of the file.
+        device: where arrays of a library with devices go; None leaves them in host memory.
+        kind: the kind that every array shall have; None for the kind that it had when it was saved.
+    """
+
+    def __init__(self, fetch: Callable[[str, str], HostArray], device: object = None, kind: str | None = None) -> None:
+        self._fetch = fetch
+        self._device = device
+        self._kind = kind
+        self._made: dict[tuple[object, ...], object] = {}
+
+    def node(self, tree: Any) -> Any:
+        """Return the object that ``tree`` describes.
+
+        Raises:
+            FormatError: a construct that this version does not know, or an array that is not what the tree says.
+        """
+        if isinstance(tree, list):
+            return [self.node(item) for item in tree]
+        if not isinstance(tree, dict):
+            return tree
+        tag = next((key for key in tree if key.startswith("$")), None)
+        if tag is None:
+            return {key: self.node(value) for key, value in tree.items()}
+        if tag in ("$array", "$view"):
+            return self._array(tree)
+        if tag not in _TAGS:
+            raise FormatError(f"state.json holds {tag!r}, which this version does not know; upgrade model-checkpoint")
+        return _TAGS[tag](self, tree[tag], tree)
+
+    def _array(self, tree: dict[str, Any]) -> object:
+        if "$array" in tree:
+            name: tuple[object, ...] = (tree["of"], tree["$array"])
+        else:
+            name = (tree["of"], tree["$view"], tree["offset"], *tree["shape"], *tree["strides"])
+        if name not in self._made:
+            self._made[name] = self._load(tree) if "$array" in tree else self._view(tree)
+        return self._made[name]
+
+    def array(self, component: str, key: str, array: HostArray) -> object:
+        """Return what the tree's references to this array have become; makes it where there is none."""
+        if (component, key) not in self._made:
+            self._made[component, key] = from_host(array._replace(kind=self._kind or array.kind), self._device)
+        return self._made[component, key]
+
+    def _load(self, tree: dict[str, Any]) -> object:
+        stored = self._fetch(tree["of"], tree["$array"])
+        dtype, shape = tree["dtype"], tuple(tree["shape"])
+        if dtype not in DTYPES or stored.data.nbytes * 8 != _bits(shape, DTYPES[dtype].bits):
+            raise FormatError(
+                f"array {tree['$array']!r} of {tree['of']} is {stored.dtype}{list(stored.shape)} in its file, "
+                f"but {dtype}{list(shape)} in state.json"
+            )
+        return from_host(stored._replace(dtype=dtype, shape=shape, kind=self._kind or tree["kind"]), self._device)
+
+    def _view(self, tree: dict[str, Any]) -> object:
+        layout = Layout("", 0, tree["dtype"], tuple(tree["shape"]), tuple(tree["strides"]))
+        return view(self._array(tree["base"]), layout, tree["offset"])
+
+    def _pairs(self, pairs: list[list[Any]]) -> list[tuple[Any, Any]]:
+        return [(self.node(key), self.node(value)) for key, value in pairs]
+
+    def ordered(self, pairs: list[list[Any]], tree: dict[str, Any]) -> OrderedDict[Any, Any]:
+        """Return an ``OrderedDict``, with torch's ``_metadata`` on it where it was saved."""
+        made = OrderedDict(self._pairs(pairs))
+        if "metadata" in tree:
+            made._metadata = self.node(tree["metadata"])  # type: ignore[attr-defined]
+        return made
+
+
+def _bits(shape: tuple[int, ...], bits: int) -> int:
+    for length in shape:
+        bits *= length
+    return bits
+
+
+def _torch_value(text: str, kind: str) -> object:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return text  # without torch nobody can use the object; its name is the best there is
+    return torch.device(text) if kind == "device" else getattr(torch, text.removeprefix("torch."))
+
+
+_TAGS: dict[str, Callable[[Decoder, Any, dict[str, Any]], Any]] = {
+    "$tuple": lambda d, items, _: tuple(d.node(items)),
+    "$set": lambda d, items, _: set(d.node(items)),
+    "$frozenset": lambda d, items, _: frozenset(d.node(items)),
+    "$dict": lambda d, pairs, _: dict(d._pairs(pairs)),
+    "$ordered": lambda d, pairs, tree: d.ordered(pairs, tree),
+    "$float": lambda d, text, _: float(text),
+    "$int": lambda d, text, _: int(text, 16),
+    "$complex": lambda d, parts, _: complex(*d.node(parts)),
+    "$torch": lambda d, text, tree: _torch_value(text, tree["type"]),
+}

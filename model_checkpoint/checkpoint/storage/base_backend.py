@@ -1,0 +1,67 @@
+"""The interface of storage backends: how named arrays become files, and files become arrays.
+
+A backend never opens, names a folder of, hashes or compresses a file: it says which files there are and writes their
+bytes into what it is given. So digests, atomic publication, compression and recovery are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, Protocol
+
+from model_checkpoint.arrays import HostArray
+from model_checkpoint.checkpoint.state import EncodedState
+
+
+class Sink(Protocol):
+    """Where a file's bytes go; every write is taken whole."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> int:
+        """Take all of ``data`` (any contiguous buffer) and return its size in bytes; the buffer is not kept."""
+
+
+class PlannedFile(NamedTuple):
+    """One file of a checkpoint, before it is written.
+
+    Attributes:
+        name: its name in the checkpoint's folder: letters, digits, ``.``, ``_`` and ``-`` only.
+        component: the part of the state that it holds (``model``, ``optimizer``, ...), or None when it holds several.
+        size: its length in bytes before compression, or None where that is not known ahead.
+        write: called once with a sink; writes the whole file, front to back.
+    """
+
+    name: str
+    component: str | None
+    size: int | None
+    write: Callable[[Sink], object]
+
+
+class StorageBackend(ABC):
+    """A storage format. Implementations have no state: one object serves all threads."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
+        """Return the files that hold ``state.arrays``; the engine stores ``state.tree`` itself.
+
+        Args:
+            state: the arrays to store. Their memory is borrowed until the last planned file is written.
+            max_shard_size: bytes of array data above which a component is split, by backends that split.
+
+        Raises:
+            MissingDependencyError: the format needs a package that is not installed.
+        """
+
+    @abstractmethod
+    def read(self, files: Mapping[str, memoryview]) -> dict[str, dict[str, HostArray]]:
+        """Return the arrays of ``files``: component -> key -> array, with the keys of ``state.arrays``.
+
+        Args:
+            files: name -> content, decompressed and verified; some or all of the files that ``plan`` named. The arrays
+                may share this memory: it is theirs.
+
+        Raises:
+            FormatError: the content breaks the rules of the format.
+        """

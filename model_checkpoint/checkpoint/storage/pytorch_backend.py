@@ -1,0 +1,99 @@
+"""PyTorch's own format: one ``checkpoint.pt`` that ``torch.load(path, weights_only=True)`` reads.
+
+The file holds ``model_state_dict``, ``optimizer_state_dict`` ... as torch users know them. Beside them, ``arrays`` names
+the same tensors by component and key; torch stores shared memory once, so that costs names only.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from model_checkpoint.arrays import HostArray, adapter_for
+from model_checkpoint.checkpoint.state import Decoder, EncodedState
+from model_checkpoint.checkpoint.storage.base_backend import PlannedFile, Sink, StorageBackend
+from model_checkpoint.errors import FormatError
+from model_checkpoint.utils.optional import require
+
+FILE_NAME = "checkpoint.pt"
+
+
+class PyTorchBackend(StorageBackend):
+    """One ``checkpoint.pt``. It is loaded with ``weights_only=True`` and never retried less safely."""
+
+    name: ClassVar[str] = "pytorch"
+
+    def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
+        torch = require("torch", "torch", "the pytorch storage backend")
+        decoder = Decoder(lambda component, key: state.arrays[component][key], kind="torch")
+        content: dict[str, Any] = {
+            f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()
+        }
+        content["arrays"] = {
+            component: {key: decoder.array(component, key, array) for key, array in arrays.items()}
+            for component, arrays in state.arrays.items()
+        }
+        return [PlannedFile(FILE_NAME, None, None, lambda sink: torch.save(content, _Stream(sink)))]
+
+    def read(self, files: Mapping[str, memoryview]) -> dict[str, dict[str, HostArray]]:
+        torch = require("torch", "torch", "the pytorch storage backend")
+        file = io.BufferedReader(_MemoryFile(files[FILE_NAME]), 1 << 20)  # 1 MiB
+        try:
+            content = torch.load(file, weights_only=True, map_location="cpu")
+            named = content["arrays"].items()
+        except (
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise FormatError(f"{FILE_NAME} is not a checkpoint that loads with weights_only=True: {error}") from error
+        return {component: {key: _host(tensor) for key, tensor in tensors.items()} for component, tensors in named}
+
+
+def _host(tensor: object) -> HostArray:
+    to_host = adapter_for(type(tensor))
+    array = to_host(tensor) if to_host else None
+    if array is None:
+        raise FormatError(f"{FILE_NAME} holds a {type(tensor).__name__} where a tensor should be")
+    return array
+
+
+class _Stream:
+    """What ``torch.save`` writes to."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.write = sink.write
+
+    def flush(self) -> None:
+        """Nothing is held back here; the file is made durable when it is complete."""
+
+
+class _MemoryFile(io.RawIOBase):
+    """A file over memory that is not copied, unlike BytesIO's."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content = content
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._content.nbytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._content[self._position : self._position + len(buffer)]
+        buffer[: part.nbytes] = part
+        self._position += part.nbytes
+        return part.nbytes

@@ -1,0 +1,184 @@
+"""SafeTensors from the standard library: a writer, and a reader that accepts exactly what the format allows.
+
+The format: eight bytes of little-endian header length, a JSON header (name -> dtype, shape, offsets), then the
+tensors' bytes without holes. Source: the "Format" section of https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from model_checkpoint.arrays import CODES, DTYPES, HostArray
+from model_checkpoint.checkpoint.state import EncodedState
+from model_checkpoint.checkpoint.storage.base_backend import PlannedFile, Sink, StorageBackend
+from model_checkpoint.errors import FormatError
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_MAX_SIZE = 2**63 - 1
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_FILE_NAME = re.compile(r"(?P<component>.+?)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+class SafeTensorsBackend(StorageBackend):
+    """One ``<component>.safetensors`` for each part of the state, sharded the Hugging Face way when it is large."""
+
+    name: ClassVar[str] = "safetensors"
+
+    def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
+        files: list[PlannedFile] = []
+        for component, arrays in state.arrays.items():
+            if not arrays:
+                continue
+            shards = _shards(arrays, max_shard_size)
+            names = [f"{component}.safetensors"]
+            if len(shards) > 1:
+                names = [f"{component}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+                files.append(_index(component, names, shards))
+            for name, shard in zip(names, shards):
+                header, ordered = build_header(shard)
+                size = len(header) + sum([array.data.nbytes for array in ordered])
+                files.append(PlannedFile(name, component, size, partial(_write, header, ordered)))
+        return files
+
+    def read(self, files: Mapping[str, memoryview]) -> dict[str, dict[str, HostArray]]:
+        found: dict[str, dict[str, HostArray]] = {}
+        for name, content in files.items():
+            match = _FILE_NAME.fullmatch(name)
+            if match:
+                found.setdefault(match["component"], {}).update(read_tensors(content))
+        return found
+
+
+def _shards(arrays: dict[str, HostArray], limit: int) -> list[dict[str, HostArray]]:
+    shards: list[dict[str, HostArray]] = [{}]
+    size = 0
+    for key, array in arrays.items():
+        if shards[-1] and size + array.data.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = array
+        size += array.data.nbytes
+    return shards
+
+
+def _index(component: str, names: list[str], shards: list[dict[str, HostArray]]) -> PlannedFile:
+    total = sum(array.data.nbytes for shard in shards for array in shard.values())
+    weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()
+    return PlannedFile(f"{component}.safetensors.index.json", component, len(text), lambda sink: sink.write(text))
+
+
+def _write(header: bytes, arrays: list[HostArray], sink: Sink) -> None:
+    sink.write(header)
+    for array in arrays:
+        if array.data.nbytes:
+            sink.write(array.data)
+
+
+def build_header(arrays: Mapping[str, HostArray]) -> tuple[bytes, list[HostArray]]:
+    """Return the file's bytes before the data, and the arrays in the order in which their data follows.
+
+    Args:
+        arrays: key -> array. Wide elements come first, so that every array starts on a multiple of its element size.
+    """
+    ordered = sorted(arrays.items(), key=lambda item: -DTYPES[item[1].dtype].bits // DTYPES[item[1].dtype].lanes)
+    header: dict[str, Any] = {}
+    if arrays and {array.kind for array in arrays.values()} == {"torch"}:
+        header["__metadata__"] = {"format": "pt"}  # without it, Hugging Face's from_pretrained refuses the file
+    position = 0
+    for key, array in ordered:
+        dtype = DTYPES[array.dtype]
+        shape = [*array.shape, dtype.lanes] if dtype.lanes > 1 else list(array.shape)
+        end = position + array.data.nbytes
+        header[key] = {"dtype": dtype.code, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, [array for _, array in ordered]
+
+
+def read_tensors(content: memoryview) -> dict[str, HostArray]:
+    """Return the arrays of one SafeTensors file, as views of ``content``.
+
+    Args:
+        content: the whole file, flat bytes.
+
+    Raises:
+        FormatError: anything that the format does not allow: a wrong header length, JSON that is not strict (a key
+            twice, NaN, a fraction), an unknown dtype, a negative or overflowing shape, overlaps, holes, trailing bytes.
+    """
+    header, start = _parse_header(content)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("SafeTensors header: __metadata__ must map strings to strings")
+    arrays: dict[str, HostArray] = {}
+    spans: list[tuple[int, int]] = []
+    for key, entry in header.items():
+        code, shape, begin, end = _check_entry(key, entry)
+        spans.append((begin, end))
+        arrays[key] = HostArray(CODES[code].name, shape, content[start + begin : start + end], "memoryview")
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise FormatError(f"SafeTensors data has {'an overlap' if begin < position else 'a hole'} at byte {begin}")
+        position = end
+    if start + position != content.nbytes:
+        raise FormatError(f"SafeTensors file is {content.nbytes} bytes, its header describes {start + position}")
+    return arrays
+
+
+def _parse_header(content: memoryview) -> tuple[dict[str, Any], int]:
+    if content.nbytes < 8:
+        raise FormatError(f"SafeTensors file of {content.nbytes} bytes is shorter than its header length")
+    length = int.from_bytes(content[:8], "little")
+    if length > MAX_HEADER or length > content.nbytes - 8:
+        raise FormatError(f"SafeTensors header of {length} bytes in a file of {content.nbytes} (limit {MAX_HEADER})")
+    text = bytes(content[8 : 8 + length])
+    if not text.startswith(b"{"):
+        raise FormatError("SafeTensors header does not begin with '{'")
+    try:
+        header = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_number,
+            parse_float=_refuse_number,
+        )
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors, and FormatError itself, are ValueErrors
+        raise FormatError(f"SafeTensors header is not valid: {error}") from None
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise FormatError("a key stands twice in one object")
+    return made
+
+
+def _refuse_number(text: str) -> None:
+    raise FormatError(f"the number {text} is no integer")
+
+
+def _check_entry(key: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+        raise FormatError(f"SafeTensors tensor {key!r}: expected exactly {sorted(_ENTRY)}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in CODES:
+        raise FormatError(f"SafeTensors tensor {key!r}: unknown dtype {code!r}")
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+        raise FormatError(f"SafeTensors tensor {key!r}: shape {shape!r} is no list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
+        raise FormatError(f"SafeTensors tensor {key!r}: data_offsets {offsets!r} are no pair of integers")
+    bits, whole = CODES[code].bits, 1
+    for length in shape:
+        whole *= max(length, 1)  # zero-sized dimensions must not hide an overflow of the others
+        bits *= length
+        if whole > _MAX_SIZE:
+            raise FormatError(f"SafeTensors tensor {key!r}: shape {shape!r} overflows")
+    if not 0 <= offsets[0] <= offsets[1] <= _MAX_SIZE or (offsets[1] - offsets[0]) * 8 != bits:
+        raise FormatError(f"SafeTensors tensor {key!r}: data_offsets {offsets!r} do not hold {shape!r} of {code}")
+    return code, tuple(shape), offsets[0], offsets[1]

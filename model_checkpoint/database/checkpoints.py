@@ -1,0 +1,387 @@
+"""Checkpoints, their best flags, tombstones and verifications: the SQL and nothing else.
+
+Every write bumps the revision of its checkpoint directory (its store), which is how readers know that a cached record
+is still true.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from model_checkpoint.database.models import CheckpointRecord
+from model_checkpoint.database.schema import Executes
+from model_checkpoint.utils.jsonable import escape, unescape
+
+if TYPE_CHECKING:
+    from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
+
+Scores = Mapping[str, float]  # criterion -> value
+Decide = Callable[[CheckpointRecord, Scores], Scores]
+
+_PLAIN = "id, experiment_id, backend, size, created_at, pinned, sequence, status, manifest_sha256"
+_LIVE = "('committed', 'corrupt')"
+
+
+class CheckpointTable:
+    """The tables of checkpoints.
+
+    Args:
+        db: the database that they are in.
+    """
+
+    def __init__(self, db: EnhancedDatabaseConnection) -> None:
+        self._db = db
+
+    def open_store(self, store_id: str, path: str) -> None:
+        """Note where the checkpoint directory ``store_id`` lies now."""
+        if self._db.query("SELECT 1 FROM stores WHERE id = :id AND path = :path", {"id": store_id, "path": path}):
+            return
+        with self._db.transaction() as connection:
+            connection.execute(
+                "INSERT INTO stores (id, path) VALUES (:id, :path) ON CONFLICT (id) DO UPDATE SET path = :path",
+                {"id": store_id, "path": path},
+            )
+
+    def revision(self, store_id: str) -> int:
+        """Return a number that changes with every change to the store's checkpoints, by whatever process."""
+        return int(self._db.query("SELECT revision FROM stores WHERE id = :id", {"id": store_id})[0][0])
+
+    def begin(self, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
+        """Store the intent to save ``record``, its ``details_of`` with it; returns its number among the store's saves."""
+        with self._db.transaction() as connection:
+            return _insert(connection, record, details, store_id)
+
+    def commit(
+        self, record: CheckpointRecord, store_id: str, files: Iterable[tuple[str, int, str | None]], decide: Decide
+    ) -> Scores:
+        """Make a published checkpoint exist: the row, its files and the best flags, in one durable transaction.
+
+        Args:
+            record: with its final size and manifest digest. Without a row yet (recovery), one is made.
+            store_id: the directory that it is in.
+            files: (name, bytes, SHA-256 or None) of each.
+            decide: called with the record and the holders' values by criterion; returns the criteria that it now
+                holds, with its values.
+
+        Returns:
+            The criteria that it took, with its values.
+        """
+        bind = {"id": record.id, "store": store_id, "size": record.size, "digest": record.manifest_sha256}
+        bind["experiment"] = record.experiment_id
+        with self._db.transaction(durable=True) as connection:
+            if not connection.execute("SELECT 1 FROM checkpoints WHERE id = :id", bind).fetchone():
+                _insert(connection, record, details_of(record), store_id)
+            connection.execute(
+                "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest, "
+                "sequence = (SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints WHERE store_id = :store), "
+                "metric_position = (SELECT points FROM experiments WHERE id = :experiment) WHERE id = :id",
+                bind,
+            )
+            connection.executemany(
+                "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)",
+                [(record.id, *file) for file in files],
+            )
+            holders = connection.execute(
+                "SELECT criterion, value FROM best WHERE experiment_id = :experiment", bind
+            ).fetchall()
+            taken = decide(record, {criterion: float(value) for criterion, value in holders})
+            if taken:
+                _hold(connection, record.experiment_id, {c: (record.id, value) for c, value in taken.items()})
+            _bump(connection, store_id)
+        return taken
+
+    def fail(self, checkpoint_id: str) -> None:
+        """Note that a save did not come to its end."""
+        self._change(checkpoint_id, "status = 'failed'", "status = 'saving'")
+
+    def mark_corrupt(self, checkpoint_id: str) -> None:
+        """Note that a committed checkpoint's files are missing or changed."""
+        self._change(checkpoint_id, "status = 'corrupt'", "status = 'committed'")
+
+    def set_pinned(self, checkpoint_id: str, pinned: bool) -> None:
+        """Protect a checkpoint from removal, or no longer."""
+        self._change(checkpoint_id, f"pinned = {int(pinned)}", "1 = 1")
+
+    def _change(self, checkpoint_id: str, change: str, only_if: str) -> None:
+        with self._db.transaction(durable=True) as connection:
+            connection.execute(f"UPDATE checkpoints SET {change} WHERE id = :id AND {only_if}", {"id": checkpoint_id})
+            _bump_of(connection, checkpoint_id)
+
+    def get(self, store_id: str, checkpoint_id: str) -> CheckpointRecord | None:
+        """Return a committed or corrupt checkpoint of the store, or None."""
+        found = self._records(f"store_id = :store AND id = :id AND status IN {_LIVE}", store=store_id, id=checkpoint_id)
+        return found[0] if found else None
+
+    def records(self, store_id: str, experiment_id: str | None = None) -> list[CheckpointRecord]:
+        """Return the committed and corrupt checkpoints, of one experiment or all, in the order of their commits."""
+        only = "" if experiment_id is None else "AND experiment_id = :experiment"
+        return self._records(
+            f"store_id = :store {only} AND status IN {_LIVE} ORDER BY sequence",
+            store=store_id,
+            experiment=experiment_id,
+        )
+
+    def of_experiment(self, experiment_id: str) -> list[CheckpointRecord]:
+        """Return the experiment's committed and corrupt checkpoints in every store, oldest first."""
+        where = f"experiment_id = :experiment AND status IN {_LIVE} ORDER BY created_at"
+        return self._records(where, experiment=experiment_id)
+
+    def count(self, store_id: str, experiment_id: str) -> int:
+        """Return how many committed or corrupt checkpoints the experiment has in the store."""
+        bind = {"store": store_id, "experiment": experiment_id}
+        sql = f"SELECT COUNT(*) FROM checkpoints WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}"
+        return int(self._db.query(sql, bind)[0][0])
+
+    def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
+        """Return the id of the newest commit of the experiment, of one type or any, or None."""
+        only = "" if checkpoint_type is None else "AND checkpoint_type = :type"
+        rows = self._db.query(
+            f"SELECT id FROM checkpoints WHERE store_id = :store AND experiment_id = :experiment {only} "
+            f"AND status IN {_LIVE} ORDER BY sequence DESC LIMIT 1",
+            {"store": store_id, "experiment": experiment_id, "type": checkpoint_type},
+        )
+        return rows[0][0] if rows else None
+
+    def holders(self, experiment_id: str) -> dict[str, str]:
+        """Return criterion -> id of its best checkpoint, in the order in which the criteria first appeared."""
+        sql = "SELECT criterion, checkpoint_id FROM best WHERE experiment_id = :id ORDER BY position, criterion"
+        return dict(self._db.query(sql, {"id": experiment_id}))  # type: ignore[arg-type]
+
+    def elsewhere(self, store_id: str, experiment_id: str) -> list[str]:
+        """Return the other directories that hold checkpoints of the experiment."""
+        rows = self._db.query(
+            "SELECT DISTINCT s.path FROM checkpoints c JOIN stores s ON s.id = c.store_id "
+            f"WHERE c.experiment_id = :experiment AND c.store_id <> :store AND c.status IN {_LIVE}",
+            {"experiment": experiment_id, "store": store_id},
+        )
+        return [path for (path,) in rows]
+
+    def statuses(self, store_id: str) -> dict[str, tuple[str, str, int]]:
+        """Return id -> (status, experiment id, bytes) of every row of the store, whatever its status."""
+        rows = self._db.query(
+            "SELECT id, status, experiment_id, size FROM checkpoints WHERE store_id = :store", {"store": store_id}
+        )
+        return {row[0]: row[1:] for row in rows}  # type: ignore[misc]
+
+    def file_sizes(self, store_id: str) -> dict[str, dict[str, int]]:
+        """Return id -> file name -> bytes, of every committed checkpoint of the store."""
+        rows = self._db.query(
+            "SELECT f.checkpoint_id, f.name, f.size FROM files f JOIN checkpoints c ON c.id = f.checkpoint_id "
+            "WHERE c.store_id = :store AND c.status = 'committed'",
+            {"store": store_id},
+        )
+        found: dict[str, dict[str, int]] = {}
+        for checkpoint_id, name, size in rows:
+            found.setdefault(checkpoint_id, {})[name] = size
+        return found
+
+    def trash(self, store_id: str, doomed: Mapping[str, str], generation: int, holders: Mapping[str, Any]) -> None:
+        """Write the tombstones of ``doomed`` (id -> reason); best flags move to ``holders`` where theirs are doomed.
+
+        Args:
+            store_id: the directory.
+            doomed: id -> why it goes.
+            generation: the removal pass, see ``generation``.
+            holders: experiment id -> criterion -> (checkpoint id, value): what remains best, for the experiments of
+                ``doomed``.
+        """
+        with self._db.transaction(durable=True) as connection:
+            for checkpoint_id, reason in doomed.items():
+                bind = {"id": checkpoint_id, "reason": reason, "generation": generation, "now": time.time()}
+                connection.execute(
+                    "INSERT INTO tombstones (checkpoint_id, experiment_id, store_id, reason, generation, deleted_at) "
+                    "SELECT id, experiment_id, store_id, :reason, :generation, :now FROM checkpoints WHERE id = :id "
+                    "ON CONFLICT (checkpoint_id) DO NOTHING",
+                    bind,
+                )
+                connection.execute("UPDATE checkpoints SET status = 'trashed' WHERE id = :id", bind)
+            for experiment_id, best in holders.items():
+                self.replace_holders(experiment_id, best)
+            _bump(connection, store_id)
+
+    def restore(self, store_id: str, checkpoint_id: str) -> None:
+        """Take a tombstone back."""
+        with self._db.transaction(durable=True) as connection:
+            bind = {"id": checkpoint_id}
+            connection.execute("UPDATE checkpoints SET status = 'committed' WHERE id = :id", bind)
+            connection.execute("DELETE FROM tombstones WHERE checkpoint_id = :id", bind)
+            _bump(connection, store_id)
+
+    def replace_holders(self, experiment_id: str, best: Mapping[str, tuple[str, float]]) -> None:
+        """Let ``best`` (criterion -> checkpoint id, value) be all of the experiment's best flags."""
+        bind = {"id": experiment_id}
+        with self._db.transaction() as connection:
+            rows = connection.execute("SELECT criterion FROM best WHERE experiment_id = :id", bind).fetchall()
+            connection.executemany(
+                "DELETE FROM best WHERE experiment_id = :id AND criterion = :criterion",
+                [{**bind, "criterion": criterion} for (criterion,) in rows if criterion not in best],
+            )
+            _hold(connection, experiment_id, best)
+
+    def generation(self, store_id: str) -> int:
+        """Return the number of the store's last retention pass that removed something; 0 before the first."""
+        sql = "SELECT COALESCE(MAX(generation), 0) FROM tombstones WHERE store_id = :store"
+        return int(self._db.query(sql, {"store": store_id})[0][0])
+
+    def trashed(self, store_id: str, before_generation: int | None = None) -> list[tuple[str, str, str, int]]:
+        """Return (id, experiment id, reason, bytes) of what is in the trash, of older passes only if one is given."""
+        only = "" if before_generation is None else "AND t.generation < :generation"
+        return self._db.query(  # type: ignore[return-value]
+            "SELECT t.checkpoint_id, t.experiment_id, t.reason, c.size FROM tombstones t "
+            "JOIN checkpoints c ON c.id = t.checkpoint_id "
+            f"WHERE t.store_id = :store AND t.purged_at IS NULL {only} ORDER BY t.deleted_at",
+            {"store": store_id, "generation": before_generation},
+        )
+
+    def buried(self, store_id: str) -> set[str]:
+        """Return the ids of everything that was ever deleted on purpose and not restored."""
+        rows = self._db.query("SELECT checkpoint_id FROM tombstones WHERE store_id = :store", {"store": store_id})
+        return {checkpoint_id for (checkpoint_id,) in rows}
+
+    def purge(self, checkpoint_ids: Sequence[str]) -> None:
+        """Forget rows whose files are about to be unlinked; the tombstones stay, so that recovery knows."""
+        with self._db.transaction() as connection:
+            for checkpoint_id in checkpoint_ids:
+                bind = {"id": checkpoint_id, "now": time.time()}
+                connection.execute("UPDATE tombstones SET purged_at = :now WHERE checkpoint_id = :id", bind)
+                for table in ("files", "verifications", "best"):
+                    connection.execute(f"DELETE FROM {table} WHERE checkpoint_id = :id", bind)
+                connection.execute("DELETE FROM checkpoints WHERE id = :id AND status = 'trashed'", bind)
+
+    def locate(self, checkpoint_id: str) -> tuple[str, str | None] | None:
+        """Return the folder and the manifest digest of a committed checkpoint of any store, or None."""
+        rows = self._db.query(
+            "SELECT s.path, c.experiment_id, c.manifest_sha256 FROM checkpoints c JOIN stores s ON s.id = c.store_id "
+            f"WHERE c.id = :id AND c.status IN {_LIVE}",
+            {"id": checkpoint_id},
+        )
+        return (os.path.join(rows[0][0], rows[0][1], checkpoint_id), rows[0][2]) if rows else None
+
+    def ids(self, experiment_id: str | None) -> list[str]:
+        """Return the ids of an experiment's checkpoints in every store (of all experiments for None), oldest first."""
+        only = "" if experiment_id is None else "AND experiment_id = :experiment"
+        rows = self._db.query(
+            f"SELECT id FROM checkpoints WHERE status IN {_LIVE} {only} ORDER BY store_id, sequence",
+            {"experiment": experiment_id},
+        )
+        return [checkpoint_id for (checkpoint_id,) in rows]
+
+    def record_verification(self, checkpoint_id: str, result: Mapping[str, Any], verified_at: float) -> None:
+        """Store one outcome of verification: when, the result, and each file's digests; the status follows it."""
+        with self._db.transaction() as connection:
+            connection.execute(
+                "INSERT INTO verifications (checkpoint_id, verified_at, verified, error, files) "
+                "SELECT id, :at, :verified, :error, :files FROM checkpoints WHERE id = :id",
+                {
+                    "id": checkpoint_id,
+                    "at": verified_at,
+                    "verified": int(result["verified"]),
+                    "error": result["error"],
+                    "files": json.dumps(result["files"]),
+                },
+            )
+            changed = connection.execute(
+                f"UPDATE checkpoints SET status = :status WHERE id = :id AND status IN {_LIVE} AND status <> :status",
+                {"id": checkpoint_id, "status": "committed" if result["verified"] else "corrupt"},
+            )
+            if changed.rowcount:
+                _bump_of(connection, checkpoint_id)
+
+    def _records(self, where: str, **bind: Any) -> list[CheckpointRecord]:
+        rows = self._db.query(f"SELECT {_PLAIN}, details FROM checkpoints WHERE {where}", bind)
+        chosen = f"(SELECT id FROM checkpoints WHERE {where.partition(' ORDER BY')[0]})"
+        best: dict[str, set[str]] = {}
+        for holder, criterion in self._db.query(
+            f"SELECT checkpoint_id, criterion FROM best WHERE checkpoint_id IN {chosen}", bind
+        ):
+            best.setdefault(holder, set()).add(criterion)
+        last = self._db.query(
+            "SELECT checkpoint_id, verified_at, verified, error, files FROM verifications "
+            f"WHERE id IN (SELECT MAX(id) FROM verifications WHERE checkpoint_id IN {chosen} GROUP BY checkpoint_id)",
+            bind,
+        )
+        checks = {
+            row[0]: {"verified_at": row[1], "verified": bool(row[2]), "error": row[3], "files": json.loads(row[4])}
+            for row in last
+        }
+        return [_record(row, frozenset(best.get(row[0], ())), checks.get(row[0])) for row in rows]
+
+
+def details_of(record: CheckpointRecord) -> dict[str, Any]:
+    """Return what a user gave to a save as strict JSON: the fields of the manifest, too. ``decode_details`` undoes it."""
+    scores = {"loss": record.loss, "val_loss": record.val_loss}
+    return {
+        "checkpoint_type": record.checkpoint_type,
+        "epoch": record.epoch,
+        "step": record.step,
+        "update_best": record.update_best,
+        **{name: v if v is None or v - v == 0 else repr(v) for name, v in scores.items()},
+        "metrics": {name: v if v - v == 0 else repr(v) for name, v in record.metrics.items()},
+        "config": None if record.config is None else escape(record.config),
+        "notes": record.notes,
+        "model_name": record.model_name,
+    }
+
+
+def decode_details(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ``CheckpointRecord`` that ``details_of`` encoded."""
+    scores = {name: None if details[name] is None else float(details[name]) for name in ("loss", "val_loss")}
+    metrics = {name: float(value) for name, value in details["metrics"].items()}
+    return {**details, **scores, "metrics": metrics, "config": unescape(details["config"])}
+
+
+def _record(row: tuple[Any, ...], best: frozenset[str], verification: Mapping[str, Any] | None) -> CheckpointRecord:
+    plain = dict(zip(_PLAIN.split(", "), row))
+    plain["pinned"] = bool(plain["pinned"])
+    return CheckpointRecord(**plain, **decode_details(json.loads(row[-1])), best=best, verification=verification)
+
+
+def _insert(connection: Executes, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
+    find = "SELECT COALESCE(MAX(intent), 0) + 1 FROM checkpoints WHERE store_id = :store"
+    intent = int(connection.execute(find, {"store": store_id}).fetchone()[0])
+    connection.execute(
+        "INSERT INTO checkpoints (id, experiment_id, store_id, intent, status, checkpoint_type, epoch, step, details, "
+        "backend, size, created_at, update_best, owner) VALUES (:id, :experiment, :store, :intent, 'saving', :type, "
+        ":epoch, :step, :details, :backend, 0, :created_at, :update_best, :owner)",
+        {
+            "id": record.id,
+            "experiment": record.experiment_id,
+            "store": store_id,
+            "intent": intent,
+            "type": record.checkpoint_type,
+            "epoch": record.epoch,
+            "step": record.step,
+            "details": json.dumps(details),
+            "backend": record.backend,
+            "created_at": record.created_at,
+            "update_best": int(record.update_best),
+            "owner": f"{socket.gethostname()} {os.getpid()}",
+        },
+    )
+    return intent
+
+
+def _hold(connection: Executes, experiment_id: str, best: Mapping[str, tuple[str, float]]) -> None:
+    for criterion, (checkpoint_id, value) in best.items():
+        connection.execute(
+            "INSERT INTO best (experiment_id, criterion, checkpoint_id, value, position) VALUES (:experiment, "
+            ":criterion, :id, :value, (SELECT COUNT(*) FROM best WHERE experiment_id = :experiment)) "
+            "ON CONFLICT (experiment_id, criterion) DO UPDATE SET checkpoint_id = :id, value = :value",
+            {"experiment": experiment_id, "criterion": criterion, "id": checkpoint_id, "value": repr(value)},
+        )
+
+
+def _bump(connection: Executes, store_id: str) -> None:
+    connection.execute("UPDATE stores SET revision = revision + 1 WHERE id = :id", {"id": store_id})
+
+
+def _bump_of(connection: Executes, checkpoint_id: str) -> None:
+    connection.execute(
+        "UPDATE stores SET revision = revision + 1 WHERE id = (SELECT store_id FROM checkpoints WHERE id = :id)",
+        {"id": checkpoint_id},
+    )

@@ -1,0 +1,182 @@
+"""One door to the database: a pool of connections, transactions that nest, and the tables."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from model_checkpoint.database.checkpoints import CheckpointTable
+from model_checkpoint.database.experiments import ExperimentTable
+from model_checkpoint.database.schema import migrate
+from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
+from model_checkpoint.errors import ConfigurationError, DatabaseError
+
+_TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
+
+
+class EnhancedDatabaseConnection:
+    """A database of experiments and checkpoints, safe to use from many threads and, each with its own, processes.
+
+    Args:
+        database_url: ``sqlite:///relative/path.db``, ``sqlite:////absolute/path.db`` or ``sqlite:///:memory:``.
+        pool_size: connections open at most; a thread that finds none free waits.
+        busy_timeout: seconds to wait for another writer before an error.
+
+    Attributes:
+        experiments, checkpoints: the tables.
+
+    Raises:
+        ConfigurationError: the URL or ``pool_size`` cannot be used.
+        FormatVersionError: the database was written by a newer version of this package.
+        DatabaseError: it cannot be opened.
+    """
+
+    def __init__(
+        self, database_url: str = "sqlite:///experiments.db", pool_size: int = 5, busy_timeout: float = 30.0
+    ) -> None:
+        if pool_size < 1:
+            raise ConfigurationError(f"pool_size must be at least 1, not {pool_size}")
+        self.database_url = database_url
+        self._dialect = _dialect(database_url, busy_timeout)
+        self._size = 1 if self._dialect.shared_memory else pool_size
+        self._local = threading.local()
+        self._abandoned: list[object] = []
+        self._transactions = 0
+        self._closed = False
+        self._new_pool()
+        with self.transaction() as connection:
+            migrate(connection, self._dialect.path)
+        self.experiments = ExperimentTable(self)
+        self.checkpoints = CheckpointTable(self)
+
+    def _new_pool(self) -> None:
+        self._process = os.getpid()
+        self._idle: list[SQLiteConnection] = []
+        self._opened = 0
+        self._returned = threading.Condition()
+
+    @contextmanager
+    def transaction(self, durable: bool = False) -> Iterator[SQLiteConnection]:
+        """Run a block in a write transaction: committed when it ends, rolled back when it raises.
+
+        Inside another transaction of the same thread it joins that one.
+
+        Args:
+            durable: whether the commit must survive power loss before this returns (a file sync). Without it the
+                transaction is still atomic and survives the death of the process.
+
+        Raises:
+            DatabaseError: the database refused; nothing of the block was stored.
+        """
+        current: SQLiteConnection | None = getattr(self._local, "connection", None)
+        if current is not None and self._process == os.getpid():
+            yield current
+            return
+        connection = self._acquire()
+        try:
+            if connection.guard is not None:
+                fcntl.flock(connection.guard, fcntl.LOCK_SH)
+            sync, begin = self._dialect.begin[durable]
+            connection.execute(sync)
+            connection.execute(begin)
+            self._local.connection = connection
+            yield connection
+            connection.execute("COMMIT")
+        except self._dialect.driver_errors as error:
+            raise self._failed(error) from error
+        finally:
+            self._local.connection = None
+            if connection.in_transaction:
+                connection.rollback()
+            if connection.guard is not None:
+                fcntl.flock(connection.guard, fcntl.LOCK_UN)
+            self._transactions += 1
+            if self._transactions % _TIDY_EVERY == 0:
+                self._dialect.tidy(connection)
+            self._release(connection)
+
+    def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
+        """Return every row of a SELECT, in the running transaction of this thread if there is one.
+
+        Args:
+            sql: the statement, with ``:name`` binds.
+            parameters: the values of the binds.
+
+        Raises:
+            DatabaseError: the database refused.
+        """
+        current: SQLiteConnection | None = getattr(self._local, "connection", None)
+        joined = current is not None and self._process == os.getpid()
+        connection = current if joined and current is not None else self._acquire()
+        try:
+            return connection.execute(sql, parameters or {}).fetchall()
+        except self._dialect.driver_errors as error:
+            raise self._failed(error) from error
+        finally:
+            if not joined:
+                self._release(connection)
+
+    def _acquire(self) -> SQLiteConnection:
+        if self._process != os.getpid():
+            # A SQLite connection must not be used, nor closed, in a forked child: keep it from being collected.
+            self._abandoned.append(self._idle)
+            self._local = threading.local()
+            self._new_pool()
+        with self._returned:
+            while not self._idle and self._opened >= self._size and not self._closed:
+                self._returned.wait()
+            if self._closed:
+                raise DatabaseError(f"database {self._dialect.path} was closed; open it again to go on")
+            if self._idle:
+                return self._idle.pop()
+            self._opened += 1
+        try:
+            return self._dialect.connect()
+        except BaseException:
+            with self._returned:
+                self._opened -= 1
+                self._returned.notify()
+            raise
+
+    def _release(self, connection: SQLiteConnection) -> None:
+        with self._returned:
+            if not self._closed:
+                self._idle.append(connection)
+                self._returned.notify()
+                return
+            self._opened -= 1
+        self._dialect.close(connection)
+
+    def _failed(self, error: Exception) -> DatabaseError:
+        advice = (
+            "another process holds it for long: raise busy_timeout" if "locked" in str(error) else "nothing was stored"
+        )
+        return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")
+
+    def close(self) -> None:
+        """Close every idle connection; those in use close when they are returned. Closing twice does nothing."""
+        with self._returned:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._opened -= len(idle)
+            self._returned.notify_all()
+        if self._process == os.getpid():
+            for connection in idle:
+                self._dialect.close(connection)
+
+    def __repr__(self) -> str:
+        return f"EnhancedDatabaseConnection({self._dialect.name!r}, {self._dialect.path!r})"
+
+
+def _dialect(url: str, busy_timeout: float) -> SQLiteDialect:
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
+        return SQLiteDialect(rest[1:], busy_timeout)
+    raise ConfigurationError(
+        f"database_url with scheme {scheme!r} cannot be used; "
+        "use 'sqlite:///file.db' (relative), 'sqlite:////absolute/file.db' or 'sqlite:///:memory:'"
+    )

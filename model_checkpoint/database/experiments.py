@@ -1,0 +1,151 @@
+"""Experiments, their tags, parameters and metrics: the SQL and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from model_checkpoint.database.models import ExperimentRecord
+from model_checkpoint.database.schema import Executes
+from model_checkpoint.utils.jsonable import dumps, flatten, loads
+
+if TYPE_CHECKING:
+    from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
+
+Point = tuple[str, float, int | None, float]  # name, value, step, timestamp
+
+_COLUMNS = "id, name, project, parent_id, status, created_at, ended_at, config, metadata"
+
+
+class ExperimentTable:
+    """The tables of experiments.
+
+    Args:
+        db: the database that they are in.
+    """
+
+    def __init__(self, db: EnhancedDatabaseConnection) -> None:
+        self._db = db
+        self._series: dict[tuple[str, str], int] = {}  # rows of metric_series never change
+
+    def create(self, experiment: ExperimentRecord) -> None:
+        """Store a new experiment, durably; one that exists already stays as it is."""
+        with self._db.transaction(durable=True) as connection:
+            known = connection.execute("SELECT 1 FROM experiments WHERE id = :id", {"id": experiment.id}).fetchone()
+            if known:
+                return
+            connection.execute(
+                f"INSERT INTO experiments ({_COLUMNS}) VALUES "
+                "(:id, :name, :project, (SELECT id FROM experiments WHERE id = :parent), :status, :created, :ended, "
+                ":config, :metadata)",
+                {
+                    "id": experiment.id,
+                    "name": experiment.name,
+                    "project": experiment.project,
+                    "parent": experiment.parent_id,
+                    "status": experiment.status,
+                    "created": experiment.created_at,
+                    "ended": experiment.ended_at,
+                    "config": dumps(experiment.config),
+                    "metadata": dumps(experiment.metadata),
+                },
+            )
+            self.add_tags(experiment.id, experiment.tags)
+            self._set_parameters(experiment.id, experiment.config)
+
+    def get(self, experiment_id: str) -> ExperimentRecord | None:
+        """Return the experiment, or None."""
+        bind = {"id": experiment_id}
+        rows = self._db.query(f"SELECT {_COLUMNS} FROM experiments WHERE id = :id", bind)
+        if not rows:
+            return None
+        tags = self._db.query("SELECT tag FROM tags WHERE experiment_id = :id ORDER BY position", bind)
+        *plain, config, metadata = rows[0]
+        return ExperimentRecord(
+            *plain, config=loads(config), metadata=loads(metadata), tags=tuple(loads(t) for (t,) in tags)
+        )
+
+    def add_tags(self, experiment_id: str, tags: Iterable[Any]) -> None:
+        """Add tags behind those that there are; a tag that is there stays where it is."""
+        with self._db.transaction() as connection:
+            known = [
+                tag
+                for (tag,) in self._db.query("SELECT tag FROM tags WHERE experiment_id = :id", {"id": experiment_id})
+            ]
+            new = [tag for tag in dict.fromkeys(map(dumps, tags)) if tag not in known]
+            connection.executemany(
+                "INSERT INTO tags (experiment_id, tag, position) VALUES (:id, :tag, :position)",
+                [{"id": experiment_id, "tag": tag, "position": len(known) + i} for i, tag in enumerate(new)],
+            )
+
+    def update_config(self, experiment_id: str, values: Mapping[str, Any]) -> None:
+        """Merge ``values`` into the config; top-level names that exist are replaced."""
+        with self._db.transaction(durable=True) as connection:
+            rows = self._db.query("SELECT config FROM experiments WHERE id = :id", {"id": experiment_id})
+            config = {**loads(rows[0][0]), **values}
+            connection.execute(
+                "UPDATE experiments SET config = :config WHERE id = :id", {"id": experiment_id, "config": dumps(config)}
+            )
+            self._set_parameters(experiment_id, config)
+
+    def _set_parameters(self, experiment_id: str, config: Mapping[str, Any]) -> None:
+        with self._db.transaction() as connection:
+            connection.execute("DELETE FROM parameters WHERE experiment_id = :id", {"id": experiment_id})
+            connection.executemany(
+                "INSERT INTO parameters (experiment_id, name, number, text) VALUES (:id, :name, :number, :text)",
+                # A name that two leaves flatten to ({"a.b": 1, "a": {"b": 2}}) keeps the last.
+                list(
+                    {
+                        name: {"id": experiment_id, "name": name, "number": number, "text": text}
+                        for name, number, text in flatten(config)
+                    }.values()
+                ),
+            )
+
+    def set_status(self, experiment_id: str, status: str) -> None:
+        """Store a status, durably; any but ``running`` also notes the time of the end."""
+        with self._db.transaction(durable=True) as connection:
+            connection.execute(
+                "UPDATE experiments SET status = :status, ended_at = :ended WHERE id = :id",
+                {"id": experiment_id, "status": status, "ended": None if status == "running" else time.time()},
+            )
+
+    def append_points(self, experiment_id: str, points: Sequence[Point]) -> None:
+        """Store metric points behind those of the experiment, in one transaction and in their order."""
+        with self._db.transaction() as connection:
+            bind = {"id": experiment_id, "n": len(points)}
+            connection.execute("UPDATE experiments SET points = points + :n WHERE id = :id", bind)
+            ((total,),) = self._db.query("SELECT points FROM experiments WHERE id = :id", {"id": experiment_id})
+            series = {name: self._series_id(connection, experiment_id, name) for name in {p[0] for p in points}}
+            connection.executemany(
+                "INSERT INTO metric_points (series_id, position, step, value, special, timestamp) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (series[name], position, step, *((v, None) if v - v == 0 else (None, repr(v))), at)
+                    for position, (name, v, step, at) in enumerate(points, total - len(points))
+                ],
+            )
+        self._series.update({(experiment_id, name): number for name, number in series.items()})
+
+    def _series_id(self, connection: Executes, experiment_id: str, name: str) -> int:
+        if (experiment_id, name) in self._series:
+            return self._series[experiment_id, name]
+        bind = {"id": experiment_id, "name": name}
+        connection.execute(
+            "INSERT INTO metric_series (experiment_id, name) VALUES (:id, :name) "
+            "ON CONFLICT (experiment_id, name) DO NOTHING",
+            bind,
+        )
+        find = "SELECT id FROM metric_series WHERE experiment_id = :id AND name = :name"
+        return int(connection.execute(find, bind).fetchone()[0])
+
+    def points(self, experiment_id: str, name: str | None = None) -> list[Point]:
+        """Return the points in the order logged, of one metric or of all."""
+        only = "" if name is None else "AND s.name = :name"
+        rows = self._db.query(
+            "SELECT s.name, p.value, p.special, p.step, p.timestamp FROM metric_points p "
+            f"JOIN metric_series s ON s.id = p.series_id WHERE s.experiment_id = :id {only} ORDER BY p.position",
+            {"id": experiment_id, "name": name},
+        )
+        return [(n, float(special) if value is None else value, step, at) for n, value, special, step, at in rows]

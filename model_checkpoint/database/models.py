@@ -1,0 +1,85 @@
+"""Rows as the rest of the engine sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ExperimentRecord:
+    """One experiment (a run).
+
+    Attributes:
+        id: UUID text.
+        name, project: what the user called it and the group that it is in.
+        parent_id: the experiment that it belongs under, or None.
+        status: ``running``, ``completed``, ``failed`` or ``interrupted``.
+        created_at, ended_at: Unix seconds; ``ended_at`` is None while it runs.
+        config, metadata: JSON values by name.
+        tags: JSON values, usually strings, in the order in which they were added.
+    """
+
+    id: str
+    name: str
+    project: str | None = None
+    parent_id: str | None = None
+    status: str = "running"
+    created_at: float = 0.0
+    ended_at: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    tags: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One checkpoint.
+
+    Attributes:
+        id, experiment_id: UUID texts.
+        sequence: its place among the commits of its directory, from 1; None until it is committed.
+        status: ``saving``, ``committed``, ``corrupt``, ``failed`` or ``trashed``.
+        checkpoint_type: the label that it was saved under.
+        epoch, step: counts from the training loop.
+        loss, val_loss, metrics: floats; NaN and the infinities included.
+        config: JSON value given at the save, or None.
+        size: bytes of its files.
+        created_at: Unix seconds.
+        pinned: whether the user protects it from removal.
+        update_best: whether it competes for the best flags.
+        best: the criteria that it holds: ``loss``, ``val_loss``, ``metrics.<name>``.
+        manifest_sha256: the digest that its manifest carries; None until it is committed.
+        verification: the last recorded outcome (``verified_at``, ``verified``, ``error``, ``files``), or None.
+    """
+
+    id: str
+    experiment_id: str
+    checkpoint_type: str = "regular"
+    epoch: int = 0
+    step: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    config: Any = None
+    notes: str | None = None
+    model_name: str | None = None
+    backend: str = ""
+    size: int = 0
+    created_at: float = 0.0
+    pinned: bool = False
+    update_best: bool = True
+    sequence: int | None = None
+    status: str = "saving"
+    best: frozenset[str] = frozenset()
+    manifest_sha256: str | None = None
+    verification: Mapping[str, Any] | None = None
+
+    def score(self, criterion: str) -> float | None:
+        """Return its value of ``loss``, ``val_loss`` or ``metrics.<name>``, or None where it has none."""
+        if criterion == "loss":
+            return self.loss
+        if criterion == "val_loss":
+            return self.val_loss
+        return self.metrics.get(criterion.removeprefix("metrics."))

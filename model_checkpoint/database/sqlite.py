@@ -1,0 +1,133 @@
+"""SQLite: how its connections are opened, and what guards its write-ahead log."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from model_checkpoint.errors import ConfigurationError, DatabaseError
+
+# Before 3.51.3 a WAL checkpoint that runs while another connection's commit resets the log can corrupt the file.
+# There we turn automatic checkpoints off, hold a lock of ours shared in every write transaction, and run a checkpoint
+# only while holding it exclusively. Source: release notes of SQLite 3.51.3, "WAL-reset bug".
+_WAL_RESET_BUG = sqlite3.sqlite_version_info < (3, 51, 3)
+_WAL_LIMIT = 4 << 20  # bytes of log after which a checkpoint is tried; SQLite's own default is 1,000 pages of 4 KiB
+
+
+class SQLiteConnection(sqlite3.Connection):
+    """A connection with the lock file of its database, where the SQLite library needs one."""
+
+    guard: int | None = None
+
+
+class SQLiteDialect:
+    """Opens SQLite databases.
+
+    Args:
+        path: the file, or ``:memory:``.
+        busy_timeout: seconds that a statement waits for another writer.
+
+    Attributes:
+        name: ``sqlite``.
+        shared_memory: whether every connection would be a database of its own.
+        begin: the statements that open a write transaction, by whether its commit must survive power loss.
+    """
+
+    name: ClassVar[str] = "sqlite"
+    begin: ClassVar[dict[bool, tuple[str, str]]] = {
+        True: ("PRAGMA synchronous=FULL", "BEGIN IMMEDIATE"),
+        False: ("PRAGMA synchronous=NORMAL", "BEGIN IMMEDIATE"),
+    }
+    driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error,)
+
+    def __init__(self, path: str, busy_timeout: float) -> None:
+        self.shared_memory = path == ":memory:"
+        self.path = path if self.shared_memory else os.path.abspath(path)
+        self._busy_timeout = busy_timeout
+
+    def connect(self) -> SQLiteConnection:
+        """Open a connection; any thread may use it, one at a time.
+
+        Raises:
+            ConfigurationError: the folder of the file does not exist.
+            DatabaseError: it cannot be opened, or is no database.
+        """
+        folder = os.path.dirname(self.path)
+        if not self.shared_memory and not os.path.isdir(folder):
+            raise ConfigurationError(f"cannot open database {self.path}: the folder {folder} does not exist; create it")
+        connection: SQLiteConnection | None = None
+        try:
+            connection = sqlite3.connect(
+                self.path,
+                timeout=self._busy_timeout,
+                isolation_level=None,  # we say BEGIN and COMMIT ourselves
+                check_same_thread=False,
+                factory=SQLiteConnection,
+                cached_statements=256,
+            )
+            connection.execute("PRAGMA mmap_size=0")  # an I/O error in a mapping is SIGBUS, not an exception
+            connection.execute("PRAGMA foreign_keys=ON")
+            if not self.shared_memory:
+                self._open_log(connection)
+        except (sqlite3.Error, OSError) as error:
+            if connection is not None:
+                connection.close()
+            raise DatabaseError(
+                f"cannot open database {self.path}: {error}; check that it is a SQLite file and that it and its folder "
+                "can be written"
+            ) from error
+        return connection
+
+    def _open_log(self, connection: SQLiteConnection) -> None:
+        guard = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            # SQLite does not wait for its busy timeout when two processes change a new file to WAL at once.
+            with locked(guard, fcntl.LOCK_EX):
+                connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_size_limit=0")  # a log that was checkpointed gives its space back
+            if _WAL_RESET_BUG:
+                connection.execute("PRAGMA wal_autocheckpoint=0")
+                connection.guard, guard = guard, -1
+        finally:
+            if guard >= 0:
+                os.close(guard)
+
+    def tidy(self, connection: SQLiteConnection) -> None:
+        """Move a long write-ahead log into the database, when no transaction of any process runs."""
+        if connection.guard is None:
+            return
+        try:
+            if os.stat(f"{self.path}-wal").st_size < _WAL_LIMIT:
+                return
+            fcntl.flock(connection.guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return  # no log, or somebody writes: the next transaction tries again
+        try:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # never waits for readers
+        finally:
+            fcntl.flock(connection.guard, fcntl.LOCK_UN)
+
+    def close(self, connection: SQLiteConnection) -> None:
+        """Close a connection; the last one checkpoints the log, so it happens under the exclusive lock."""
+        if connection.guard is None:
+            connection.close()
+            return
+        try:
+            with locked(connection.guard, fcntl.LOCK_EX):
+                connection.close()
+        finally:
+            os.close(connection.guard)
+
+
+@contextmanager
+def locked(descriptor: int, mode: int) -> Iterator[None]:
+    """Hold ``flock(descriptor, mode)`` for the length of the block."""
+    fcntl.flock(descriptor, mode)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

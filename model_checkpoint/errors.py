@@ -1,0 +1,134 @@
+"""Every exception of the engine: one family, each member also the natural builtin and carrying the offending object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ModelCheckpointError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class ConfigurationError(ModelCheckpointError, ValueError):
+    """An argument that cannot be used; the text names the argument and what it accepts."""
+
+
+class MissingDependencyError(ModelCheckpointError, ImportError):
+    """An optional package is needed for what was asked; the text gives the pip extra."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed; "
+            f"install it with: pip install 'model-checkpoint[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class UnsupportedValueError(ModelCheckpointError, TypeError):
+    """A value that cannot be stored without pickle; ``path`` says where it sits in what was passed."""
+
+    def __init__(self, path: str, value: object, advice: str) -> None:
+        kind = type(value)
+        super().__init__(f"{path}: cannot store a {kind.__module__}.{kind.__qualname__}; {advice}")
+        self.path = path
+        self.value_type = kind
+
+
+class ExperimentNotFoundError(ModelCheckpointError, ValueError):
+    """No such experiment in the database, or none was named where one is needed."""
+
+
+class CheckpointNotFoundError(ModelCheckpointError, ValueError):
+    """No such checkpoint; the text always begins with ``Checkpoint not found``."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"Checkpoint not found: {what}; {advice}")
+        self.what = what
+
+
+class UnknownCheckpointTypeError(ModelCheckpointError, ValueError):
+    """A checkpoint type that nothing was ever saved under."""
+
+    def __init__(self, checkpoint_type: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown checkpoint type {checkpoint_type!r}; use one of: {', '.join(known)}")
+        self.checkpoint_type = checkpoint_type
+
+
+class UnknownBackendError(ModelCheckpointError, ValueError):
+    """A storage backend name that is not registered."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(
+            f"unknown storage backend {name!r}; known: {', '.join(sorted(known))}; "
+            "add one with register_storage_backend(name, 'module:Class')"
+        )
+        self.name = name
+
+
+class IntegrityError(ModelCheckpointError, ValueError):
+    """Stored bytes are not the bytes that were saved: a file is missing, resized, changed or not decodable.
+
+    Attributes:
+        path: the file concerned.
+        expected, actual: what the manifest promises and what is there (SHA-256 hex digests, byte counts or words).
+    """
+
+    def __init__(self, path: str, problem: str, expected: object = None, actual: object = None) -> None:
+        found = "" if expected is None and actual is None else f" (expected {expected}, found {actual})"
+        super().__init__(
+            f"{path}: {problem}{found}; nothing was loaded from it. "
+            "Load another checkpoint, or restore this file from a copy"
+        )
+        self.path = path
+        self.problem = problem
+        self.expected = expected
+        self.actual = actual
+
+
+class FormatError(ModelCheckpointError, ValueError):
+    """A file that breaks the rules of its format."""
+
+
+class StorageError(ModelCheckpointError, OSError):
+    """The file system refused an operation; carries ``errno``, ``filename`` and what is still intact."""
+
+    def __init__(self, action: str, path: str, cause: OSError, advice: str) -> None:
+        super().__init__(cause.errno, f"could not {action}: {cause.strerror or cause}; {advice}", path)
+        self.action = action
+
+
+class FormatVersionError(ModelCheckpointError, RuntimeError):
+    """A database or checkpoint directory written by a newer version of this package."""
+
+    def __init__(self, what: str, found: int, known: int) -> None:
+        super().__init__(
+            f"{what} has format version {found}, this package knows versions up to {known}; "
+            "nothing was changed. Upgrade model-checkpoint to open it"
+        )
+        self.found = found
+        self.known = known
+
+
+class DatabaseError(ModelCheckpointError, RuntimeError):
+    """The database refused an operation; the driver's own error is the ``__cause__``."""
+
+
+class LockTimeoutError(ModelCheckpointError, TimeoutError):
+    """Another process holds the checkpoint directory's lock and did not let go in time."""
+
+
+class HookRegistrationError(ModelCheckpointError, ValueError):
+    """A hook that cannot be registered; the text names the hook and the argument."""
+
+
+class HookVetoError(ModelCheckpointError, RuntimeError):
+    """A BEFORE hook stopped the operation; nothing was written, read or removed."""
+
+    def __init__(self, hook: str, event: str, reason: str | None) -> None:
+        super().__init__(
+            f"hook {hook!r} vetoed {event}" + (f": {reason}" if reason else "") + "; the operation was not started"
+        )
+        self.hook = hook
+        self.event = event
+        self.reason = reason

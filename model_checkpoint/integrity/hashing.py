@@ -1,0 +1,159 @@
+"""SHA-256 in the same pass as the bytes: while a file is written, and while it is read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+from collections.abc import Callable
+
+from model_checkpoint.errors import IntegrityError, StorageError
+
+CHUNK = 4 << 20  # 4 MiB: large enough that hashing and writing dwarf the calls, small enough to stay in cache
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class HashingWriter:
+    """A new file that is hashed as it is written. Use it in a ``with`` block; the file is durable when that ends.
+
+    Args:
+        path: where; nothing may be there yet, and a symbolic link is never followed.
+        hashed: whether to compute the digest.
+
+    Attributes:
+        size: bytes written so far.
+
+    Raises:
+        StorageError: the file cannot be created, written or made durable; an incomplete file may stay behind.
+    """
+
+    def __init__(self, path: str, hashed: bool = True) -> None:
+        self.size = 0
+        self._path = path
+        self._hash = hashlib.sha256() if hashed else None
+        try:
+            self._fd = os.open(path, _NEW_FILE, 0o644)
+        except OSError as error:
+            raise _failed("create", path, error) from error
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write and hash all of ``data``, any contiguous buffer; it is not kept. Returns its size in bytes."""
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        try:
+            for start in range(0, view.nbytes, CHUNK):
+                chunk = view[start : start + CHUNK]
+                if self._hash is not None:
+                    self._hash.update(chunk)
+                while chunk.nbytes:  # the kernel may take less than it is given
+                    chunk = chunk[os.write(self._fd, chunk) :]
+        except OSError as error:
+            raise _failed("write", self._path, error) from error
+        self.size += view.nbytes
+        return view.nbytes
+
+    def digest(self) -> str | None:
+        """Return the SHA-256 of everything written, in hex, or None when hashing was off."""
+        return None if self._hash is None else self._hash.hexdigest()
+
+    def __enter__(self) -> HashingWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._fd)  # a failure is final: Linux forgets the error, a second fsync would lie
+        except OSError as failure:
+            raise _failed("make durable", self._path, failure) from failure
+        finally:
+            os.close(self._fd)
+
+
+def _failed(action: str, path: str, error: OSError) -> StorageError:
+    advice = "earlier checkpoints are untouched"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space or lower max_checkpoints; " + advice
+    return StorageError(f"{action} a checkpoint file", path, error, advice)
+
+
+def read_file(path: str, size: int, sha256: str | None) -> memoryview:
+    """Read a whole file into memory of its own while hashing it.
+
+    Args:
+        path: the file; a symbolic link is refused.
+        size: the length in bytes that it must have.
+        sha256: the digest that it must have, in hex; None checks the length only.
+
+    Returns:
+        Its content, writable; the caller owns it.
+
+    Raises:
+        IntegrityError: it is missing, of another length, or of another digest. The text names both.
+    """
+    with _open_checked(path, size) as file:
+        content = memoryview(bytearray(size))
+        found = hashlib.sha256()
+        position = 0
+        while position < size:
+            count = os.readv(file.fd, [content[position : position + CHUNK]])
+            if count == 0:
+                raise IntegrityError(path, "the file shrank while it was read", size, position)
+            if sha256 is not None:
+                found.update(content[position : position + count])
+            position += count
+    if sha256 is not None and found.hexdigest() != sha256:
+        raise IntegrityError(path, "its SHA-256 is not the one recorded when it was saved", sha256, found.hexdigest())
+    return content
+
+
+def map_file(path: str, size: int) -> memoryview:
+    """Map a file without reading it, as private memory: writing to it changes neither the file nor other maps.
+
+    Raises:
+        IntegrityError: it is missing or of another length than ``size`` bytes.
+    """
+    with _open_checked(path, size) as file:
+        return memoryview(mmap.mmap(file.fd, size, access=mmap.ACCESS_COPY) if size else bytearray())
+
+
+def digest_file(path: str, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Return the SHA-256 of a file in hex, what ``sha256sum`` prints, reading ``CHUNK`` bytes at a time.
+
+    Args:
+        path: the file.
+        on_bytes: called with the size of each part as it has been read, for progress bars.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(buffer[:count])
+            if on_bytes:
+                on_bytes(count)
+    return found.hexdigest()
+
+
+class _open_checked:  # noqa: N801: used like the function open()
+    def __init__(self, path: str, size: int) -> None:
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                problem = "the file is missing" if error.errno == errno.ENOENT else "a link stands where the file was"
+                raise IntegrityError(path, problem) from error
+            raise StorageError("open a checkpoint file", path, error, "check its permissions") from error
+        found = os.fstat(self.fd).st_size
+        if found != size:
+            os.close(self.fd)
+            raise IntegrityError(path, "its length in bytes is not the one recorded", size, found)
+
+    def __enter__(self) -> _open_checked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)

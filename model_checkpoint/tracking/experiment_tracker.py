@@ -1,0 +1,254 @@
+"""The experiment tracker: one run's config, tags, metrics and status."""
+
+from __future__ import annotations
+
+import operator
+import time
+import uuid
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.experiments import Point
+from model_checkpoint.database.models import ExperimentRecord
+from model_checkpoint.errors import ConfigurationError, DatabaseError, ExperimentNotFoundError
+from model_checkpoint.performance.batched_writer import BatchedWriter
+from model_checkpoint.tracking.report import FORMATS, render
+from model_checkpoint.utils.jsonable import text, to_jsonable, to_number
+
+STATUSES = ("running", "completed", "failed", "interrupted")
+
+
+class ExperimentTracker:
+    """Tracks one experiment; safe to use from many threads.
+
+    Metrics are buffered: ``log_metric`` returns at once and a thread writes within half a second. Use it in a ``with``
+    block, or call ``close``, to end it with a status.
+
+    Args:
+        experiment_name: what this run is called; names need not be unique.
+        project_name: the group that it is in.
+        tags: a list of JSON values, usually strings.
+        config: name -> any JSON value; scalars of NumPy, torch and the like are taken as numbers, tuples as lists.
+        database_url: see ``EnhancedDatabaseConnection``.
+        parent: the experiment that it belongs under: a tracker or an id.
+        metadata: name -> any JSON value.
+
+    Attributes:
+        experiment_id: UUID text.
+        database: the connection, which a manager made with this tracker shares.
+
+    Raises:
+        UnsupportedValueError: a part of config, tags or metadata that cannot be stored; the text names its path.
+        ExperimentNotFoundError: there is no such parent.
+        ConfigurationError, DatabaseError, FormatVersionError: the database cannot be used.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        project_name: str | None = None,
+        tags: Any = None,
+        config: Mapping[str, Any] | None = None,
+        database_url: str = "sqlite:///experiments.db",
+        *,
+        parent: ExperimentTracker | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        experiment = ExperimentRecord(
+            id=str(uuid.uuid4()),
+            name=text(experiment_name, "experiment_name"),
+            project=None if project_name is None else text(project_name, "project_name"),
+            parent_id=parent.experiment_id if isinstance(parent, ExperimentTracker) else parent,
+            created_at=time.time(),
+            config=_mapping(config, "config"),
+            metadata=_mapping(metadata, "metadata"),
+            tags=_tags(tags),
+        )
+        database = EnhancedDatabaseConnection(database_url)
+        if experiment.parent_id is not None and database.experiments.get(experiment.parent_id) is None:
+            database.close()
+            raise ExperimentNotFoundError(f"parent experiment {experiment.parent_id!r} is not in {database!r}")
+        database.experiments.create(experiment)
+        self._open(database, experiment)
+
+    @classmethod
+    def resume(cls, experiment_id: str, database_url: str = "sqlite:///experiments.db") -> ExperimentTracker:
+        """Go on with an experiment that was started before, in this process or another; its status is ``running`` again.
+
+        Raises:
+            ExperimentNotFoundError: it is not in the database.
+        """
+        database = EnhancedDatabaseConnection(database_url)
+        experiment = database.experiments.get(experiment_id)
+        if experiment is None:
+            database.close()
+            raise ExperimentNotFoundError(
+                f"experiment {experiment_id!r} is not in {database!r}; check the id and the URL"
+            )
+        tracker = cls.__new__(cls)
+        tracker._open(database, experiment)
+        tracker.set_status("running")
+        return tracker
+
+    def _open(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord) -> None:
+        self.experiment_id = experiment.id
+        self.experiment_name = experiment.name
+        self.project_name = experiment.project
+        self.database = database
+        self.version = 0  # grows when config or tags change, so that a manager knows
+        self._ended = False
+        self._writer: BatchedWriter[Point] = BatchedWriter(partial(database.experiments.append_points, experiment.id))
+        self.unflushed = self._writer.pending
+
+    def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
+        """Log one value of one metric.
+
+        Args:
+            name: the metric.
+            value: a number or scalar of an array library; NaN and the infinities are kept.
+            step: an integer, or None.
+
+        Raises:
+            UnsupportedValueError: ``value`` is no single number.
+        """
+        self.log_metrics({name: value}, step)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log the values of several metrics at one step; see ``log_metric``. Either all or none are logged."""
+        if self._ended:
+            raise DatabaseError(
+                f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
+            )
+        at = time.time()
+        where = None if step is None else operator.index(step)
+        self._writer.extend(
+            [
+                (
+                    name if type(name) is str else text(name, "metric name"),
+                    value if type(value) is float else to_number(value, f"metrics.{name}"),
+                    where,
+                    at,
+                )
+                for name, value in metrics.items()
+            ]
+        )
+
+    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Merge ``values`` into the config; names that exist are replaced.
+
+        Raises:
+            UnsupportedValueError: a part that cannot be stored; the text names its path.
+        """
+        self.database.experiments.update_config(self.experiment_id, _mapping(values, "config"))
+        self.version += 1
+
+    def add_tags(self, tags: Any) -> None:
+        """Add tags, a list of JSON values or a single one; those that are there already stay where they are."""
+        self.database.experiments.add_tags(self.experiment_id, _tags(tags))
+        self.version += 1
+
+    def set_status(self, status: str) -> None:
+        """Set the status: ``running``, ``completed``, ``failed`` or ``interrupted``.
+
+        Raises:
+            ConfigurationError: it is none of these.
+        """
+        if status not in STATUSES:
+            raise ConfigurationError(f"status {status!r} is unknown; use one of {', '.join(STATUSES)}")
+        self.database.experiments.set_status(self.experiment_id, status)
+
+    @property
+    def record(self) -> ExperimentRecord:
+        """The experiment as the database has it now: name, project, status, times, config, metadata and tags."""
+        found = self.database.experiments.get(self.experiment_id)
+        if found is None:
+            raise ExperimentNotFoundError(f"experiment {self.experiment_id} is no longer in {self.database!r}")
+        return found
+
+    def get_metrics(self, metric_name: str | None = None) -> list[dict[str, Any]]:
+        """Return what was logged, by any process, in the order logged.
+
+        Args:
+            metric_name: only this metric.
+
+        Returns:
+            Dicts with ``metric_name``, ``metric_value`` (float), ``step`` and ``timestamp`` (Unix seconds).
+        """
+        self.flush()
+        return [
+            {"metric_name": name, "metric_value": value, "step": step, "timestamp": at}
+            for name, value, step, at in self.database.experiments.points(self.experiment_id, metric_name)
+        ]
+
+    def generate_report(self, format_type: str = "html", output_dir: str = ".") -> str:
+        """Write a report of the run: config, tags, a chart of every metric, checkpoints.
+
+        Args:
+            format_type: ``html`` (one file, no script, nothing from the network) or ``json``.
+            output_dir: made when it does not exist.
+
+        Returns:
+            The path of the file, named after the experiment's id.
+
+        Raises:
+            ConfigurationError: the format is unknown.
+            OSError: it cannot be written.
+        """
+        if format_type not in FORMATS:
+            raise ConfigurationError(f"report format {format_type!r} is unknown; use one of {', '.join(FORMATS)}")
+        metrics = self.get_metrics()
+        path = Path(output_dir) / f"report_{self.experiment_id}.{format_type}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints = self.database.checkpoints.of_experiment(self.experiment_id)
+        path.write_text(render(format_type, self.record, metrics, checkpoints), encoding="utf-8")
+        return str(path)
+
+    def flush(self) -> None:
+        """Write every buffered metric; raises DatabaseError, with the metrics kept, where that fails."""
+        self._writer.flush()
+
+    def close(self, status: str = "completed") -> None:
+        """Write what is buffered, set the final status and let go of the database. Closing twice does nothing.
+
+        Raises:
+            ConfigurationError: the status is unknown.
+            DatabaseError: the database refused; the metrics are kept and ``close`` can be called again.
+        """
+        if self._ended:
+            return
+        self.flush()
+        self.set_status(status)
+        self._ended = True
+        self._writer.close()
+        self.database.close()
+
+    def __enter__(self) -> ExperimentTracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self.close("completed")
+        else:
+            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+
+    def __repr__(self) -> str:
+        return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
+
+
+def _mapping(value: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{path} must be a dict of names and values, not {type(value).__name__}")
+    made: dict[str, Any] = to_jsonable(value, path)
+    return made
+
+
+def _tags(tags: Any) -> tuple[Any, ...]:
+    if tags is None:
+        return ()
+    many = isinstance(tags, (list, tuple, set, frozenset))
+    return tuple(to_jsonable(list(tags) if many else [tags], "tags"))

@@ -1,0 +1,150 @@
+"""Reports of one experiment. Everything that a user named is escaped; the page has no script and loads nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
+from model_checkpoint.utils.jsonable import escape
+
+Metrics = Sequence[Mapping[str, Any]]  # as ExperimentTracker.get_metrics() returns them
+Checkpoints = Sequence[CheckpointRecord]
+
+_WIDTH, _HEIGHT = 640, 200  # of a chart, in CSS pixels
+_MAX_POINTS = 2000  # a chart's line; more cannot be seen and only makes the file large
+
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}
+h1{line-height:1.2}h2{margin-top:2.5rem}
+table{border-collapse:collapse;width:100%;font-size:.9rem}
+th,td{text-align:left;padding:.35rem .75rem .35rem 0;border-bottom:1px solid #8884;vertical-align:top;overflow-wrap:anywhere}
+.tag{border:1px solid #8888;border-radius:1rem;padding:.1rem .6rem;margin-right:.4rem;font-size:.85rem}
+figure{margin:1.5rem 0}figcaption{font-weight:600}
+svg{width:100%;height:auto}
+.line{fill:none;stroke:#3273dc;stroke-width:2;vector-effect:non-scaling-stroke}
+.axis{stroke:#8886;stroke-width:1}text{font-size:12px;fill:currentColor}
+"""
+
+
+def render(format_type: str, experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoints) -> str:
+    """Return the report's text.
+
+    Args:
+        format_type: a name of ``FORMATS``.
+        experiment: whose report it is.
+        metrics: its points in the order logged.
+        checkpoints: its checkpoints, oldest first.
+    """
+    return FORMATS[format_type](experiment, metrics, checkpoints)
+
+
+def _json(experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoints) -> str:
+    content = {
+        "experiment": dataclasses.asdict(experiment),
+        "metrics": list(metrics),
+        "checkpoints": [{**vars(c), "best": sorted(c.best)} for c in checkpoints],
+    }
+    return json.dumps(escape(content), indent=1, allow_nan=False)
+
+
+def _html(experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoints) -> str:
+    name = html.escape(experiment.name)
+    facts = {
+        "Project": experiment.project,
+        "Status": experiment.status,
+        "Started": _time(experiment.created_at),
+        "Ended": _time(experiment.ended_at),
+        "Experiment id": experiment.id,
+    }
+    tags = "".join(f'<span class="tag">{html.escape(_short(tag))}</span>' for tag in experiment.tags)
+    names = list(dict.fromkeys(point["metric_name"] for point in metrics))
+    charts = "".join(_chart(each, [p for p in metrics if p["metric_name"] == each]) for each in names)
+    parts = [
+        f"<h1>{name}</h1><p>{tags}</p>",
+        _table(["", ""], [[key, value] for key, value in facts.items() if value is not None]),
+        _section("Config", _table(["Name", "Value"], [[k, _short(v)] for k, v in experiment.config.items()])),
+        _section("Metrics", charts),
+        _section("Checkpoints", _checkpoint_table(checkpoints)),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>{content or '<p>None.</p>'}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    if not rows:
+        return ""
+    top = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>" if any(head) else ""
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{top}{body}</table>"
+
+
+def _checkpoint_table(checkpoints: Checkpoints) -> str:
+    head = ["Checkpoint", "Epoch", "Step", "Loss", "Val loss", "Best", "Size", "Notes"]
+    rows = [
+        [
+            c.id,
+            c.epoch,
+            c.step,
+            _number(c.loss),
+            _number(c.val_loss),
+            ", ".join(sorted(c.best)),
+            f"{c.size:,} bytes",
+            c.notes or "",
+        ]
+        for c in checkpoints
+    ]
+    return _table(head, rows)
+
+
+def _chart(name: str, points: Metrics) -> str:
+    stride = -(-len(points) // _MAX_POINTS) or 1
+    shown = [
+        (float(p["step"] if p["step"] is not None else i), p["metric_value"])
+        for i, p in enumerate(points)
+        if i % stride == 0 or i == len(points) - 1
+    ]
+    finite = [(x, y) for x, y in shown if y - y == 0]
+    last = _number(points[-1]["metric_value"])
+    caption = f"<figcaption>{html.escape(name)}: {last} after {len(points):,} points</figcaption>"
+    if not finite:
+        return f"<figure>{caption}<p>No finite value.</p></figure>"
+    (low_x, high_x), (low_y, high_y) = [(min(values), max(values)) for values in zip(*finite)]
+    wide, high = (high_x - low_x) or 1.0, (high_y - low_y) or 1.0
+    line = " ".join(
+        f"{(x - low_x) / wide * _WIDTH:.1f},{_HEIGHT - (y - low_y) / high * _HEIGHT:.1f}" for x, y in finite
+    )
+    return (
+        f'<figure>{caption}<svg viewBox="-4 -16 {_WIDTH + 8} {_HEIGHT + 40}" role="img" aria-label="{html.escape(name)}">'
+        f'<line class="axis" x1="0" y1="{_HEIGHT}" x2="{_WIDTH}" y2="{_HEIGHT}"/>'
+        f'<polyline class="line" points="{line}"/>'
+        f'<text x="0" y="-4">{_number(high_y)}</text><text x="0" y="{_HEIGHT + 16}">{low_x:g} · {_number(low_y)}</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT + 16}" text-anchor="end">{high_x:g}</text></svg></figure>'
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(escape(value))
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+FORMATS: dict[str, Callable[[ExperimentRecord, Metrics, Checkpoints], str]] = {"html": _html, "json": _json}

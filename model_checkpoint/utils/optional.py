@@ -1,0 +1,27 @@
+"""Optional packages: imported on use, with an error that says what to install."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from model_checkpoint.errors import MissingDependencyError
+
+
+def require(package: str, extra: str, purpose: str) -> Any:
+    """Import and return ``package``.
+
+    Args:
+        package: the module to import.
+        extra: the pip extra of this project that brings it.
+        purpose: what needs it, the beginning of the error's sentence ("loading a torch tensor").
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+            raise  # the package is there, something that it needs is not: its own message is the better one
+        raise MissingDependencyError(package, extra, purpose) from error

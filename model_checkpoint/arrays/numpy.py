@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from model_checkpoint.arrays.dtypes import DTYPES
 from model_checkpoint.arrays.host import HostArray, Layout
 from model_checkpoint.utils.optional import require
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _NARROW = ("bfloat16", "float8", "float6", "float4")
 
@@ -37,7 +34,7 @@ class NumpyAdapter:
 
     def from_host(self, array: HostArray, device: object = None) -> object:
         np = require("numpy", "numpy", "loading a NumPy array")
-        flat: np.ndarray[Any, Any] = np.frombuffer(array.data, dtype=self._dtype(np, array.dtype))
+        flat = np.frombuffer(array.data, dtype=self._dtype(np, array.dtype))
         made = flat.reshape(array.shape)
         return made[()] if array.kind == "numpy.scalar" else made
 

@@ -51,8 +51,8 @@ class PlainAdapter:
         flat = array_.data
         format = detail.lstrip("@=<") or DTYPES[array_.dtype].format
         if format is None or flat.nbytes == 0:
-            return flat if format is None else memoryview(b"").cast(format)
-        return flat.cast(format, array_.shape)
+            return flat if format is None else memoryview(b"").cast(format)  # type: ignore[call-overload]
+        return flat.cast(format, array_.shape)  # type: ignore[call-overload]
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
         if not isinstance(base, memoryview):

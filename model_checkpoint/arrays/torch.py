@@ -36,7 +36,7 @@ class TorchAdapter:
             buffer.owner = host  # whoever holds the memoryview keeps the tensor, and so the memory, alive
         return HostArray(dtype, tuple(host.shape), memoryview(buffer).cast("B"), "torch", identity, host)
 
-    def from_host(self, array: HostArray, device: object = None) -> object:
+    def from_host(self, array: HostArray, device: Any = None) -> object:
         torch = require("torch", "torch", "loading a torch tensor")
         tensor = array.source if isinstance(array.source, torch.Tensor) else _tensor(torch, array)
         return tensor if device is None else tensor.to(device)

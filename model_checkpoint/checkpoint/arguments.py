@@ -26,7 +26,7 @@ def label(text: str) -> str:
     """Return ``text`` if it can be a checkpoint type to save under, else raise ConfigurationError."""
     if not isinstance(text, str) or not _LABEL.fullmatch(text) or text in NAMED_TYPES:
         raise ConfigurationError(
-            f"checkpoint_type {text!r} cannot be a label; use letters, digits, '_', '.' and '-', beginning with a letter, "
+            f"checkpoint_type {text!r} cannot be a label; use letters, digits, '_', '.' and '-', with a letter first, "
             f"and none of {', '.join(NAMED_TYPES)}"
         )
     return text

@@ -57,7 +57,7 @@ class CheckpointCatalog:
 
         Args:
             experiment_id: whose; the tracker's when None, and all experiments' without a tracker.
-            checkpoint_type: only this type: a label given to ``save_checkpoint``, or one to load by (``best_val_loss``).
+            checkpoint_type: only this type: a label given when saving, or a type to load by (``best_val_loss``).
             include_metadata: with the values given when saving, too.
 
         Returns:
@@ -235,8 +235,12 @@ class CheckpointCatalog:
         }
 
     def get_performance_statistics(self) -> dict[str, Any]:
-        """Return what this manager did: ``saves``, ``loads``, ``bytes_written``, ``save_seconds``, ``load_seconds`` (sums),
-        ``cache`` (see ``LRUCache.stats``, None without one) and ``hooks`` (see ``HookManager.get_performance_stats``)."""
+        """Return what this manager did.
+
+        Returns:
+            Sums: ``saves``, ``loads``, ``bytes_written``, ``save_seconds``, ``load_seconds``; ``cache`` as
+            ``LRUCache.stats`` has it (None without one); ``hooks`` as ``HookManager.get_performance_stats`` has it.
+        """
         with self._totals_lock:
             totals: dict[str, Any] = dict(self._totals)
         totals["cache"] = self._cache.stats() if self._cache is not None else None

@@ -1,7 +1,7 @@
 """Lossless compression of checkpoint files, streaming both ways: zstd where installed, else gzip.
 
-The files are what ``zstd -d`` and ``gunzip`` read. Memory is one chunk when writing; when reading, the content, which is
-never allowed to grow beyond the size that the manifest names.
+The files are what ``zstd -d`` and ``gunzip`` read. Memory is one chunk when writing, the content when reading, and that
+may not grow beyond the size that the manifest names.
 """
 
 from __future__ import annotations

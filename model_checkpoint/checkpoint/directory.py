@@ -60,7 +60,7 @@ class CheckpointDirectory:
                 _sync_folder(folder)
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigurationError(
-                f"checkpoint_dir {self.path}: {error.filename} is a file; choose another directory or move the file away"
+                f"checkpoint_dir {self.path}: {error.filename} is a file; choose another directory or move it away"
             ) from error
         except OSError as error:
             advice = "choose a checkpoint_dir that you may write to, on a disk with space"
@@ -119,7 +119,7 @@ class CheckpointDirectory:
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
                         raise LockTimeoutError(
-                            f"{self.path} is in use by a save or load of another thread or process; try again when it is done"
+                            f"{self.path} is in use by a save or load elsewhere; try again when it is done"
                         ) from None
                     time.sleep(_LOCK_POLL)
             yield

@@ -60,7 +60,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         enable_hooks: without, ``hook_manager`` is None.
         best_metrics: metric name -> ``min`` or ``max`` where the name does not tell; the first is ``best_metric``.
         protected_types: checkpoint types that are never removed.
-        retention_policy: replaces ``max_checkpoints`` and ``save_frequency``, for example ``KeepLast(3) | KeepBest(2, "f1")``.
+        retention_policy: replaces ``max_checkpoints`` and ``save_frequency``: ``KeepLast(3) | KeepBest(2, "f1")``.
         max_shard_size: bytes of array data above which a file is split.
 
     Raises:
@@ -71,7 +71,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         DatabaseError: the database cannot be opened.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the names and defaults are the specification's
         self,
         experiment_tracker: Tracker | None = None,
         checkpoint_dir: str | None = None,
@@ -118,7 +118,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         self._db.checkpoints.open_store(self._directory.store_id, self._directory.path)
         recover(self._directory, self._db, self._best_metrics)
 
-    def save_checkpoint(
+    def save_checkpoint(  # noqa: PLR0913 - the names and defaults are the specification's
         self,
         model: object,
         optimizer: object = None,
@@ -154,7 +154,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             save_optimizer, save_scheduler: False leaves that part out.
             compute_checksum: False saves without digests; only lengths can be verified then.
             update_best: False keeps it out of the competition for best flags.
-            checkpoint_type: a label of letters, digits, ``_``, ``.`` and ``-`` to list, protect and load by; ``regular``.
+            checkpoint_type: a label to list, protect and load by, of letters, digits, ``_.-``; ``regular`` when None.
             extra_state: whatever else training needs to go on, such as RNG states; same forms as ``model``.
 
         Returns:
@@ -277,8 +277,8 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         Args:
             checkpoint_id: which; when None, the one that ``experiment_id`` and ``checkpoint_type`` say.
             experiment_id: whose; the tracker's when None.
-            checkpoint_type: ``latest``, ``best_loss``, ``best_val_loss``, ``best_metric``, ``best:<metric>``, or a label
-                given when saving, of which the newest is taken.
+            checkpoint_type: ``latest``, ``best_loss``, ``best_val_loss``, ``best_metric``, ``best:<metric>``, or a
+                label given when saving, of which the newest is taken.
             verify_integrity: False maps the files without reading them: fast, but a changed byte goes unseen.
             device: where torch tensors go; None is host memory.
             load_optimizer, load_scheduler: False leaves that part out, unread.

@@ -1,7 +1,7 @@
 """Recovery when a directory is opened: what a crash left half done is finished or undone. Running it twice is harmless.
 
-Bytes are published before their row, and removed after it; so what lies on disk and what the database says can differ in
-a few known ways only. ``decide`` names what to do about each, ``recover`` does it.
+Bytes are published before their row, and removed after it; so what lies on disk and what the database says can differ
+in a few known ways only. ``decide`` names what to do about each, ``recover`` does it.
 """
 
 from __future__ import annotations

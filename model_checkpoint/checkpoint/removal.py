@@ -166,7 +166,7 @@ class CheckpointRemoval(CheckpointCatalog):
                 rows.replace_holders(experiment_id, elect(rows.records(store, experiment_id), self._best_metrics))
 
     def list_trash(self) -> list[dict[str, Any]]:
-        """Return what ``undelete`` can bring back: dicts with ``checkpoint_id``, ``experiment_id``, ``reason``, ``size``."""
+        """Return ``checkpoint_id``, ``experiment_id``, ``reason`` and ``size`` of what ``undelete`` can bring back."""
         names = ("checkpoint_id", "experiment_id", "reason", "size")
         return [dict(zip(names, row)) for row in self._db.checkpoints.trashed(self._directory.store_id)]
 

@@ -1,6 +1,6 @@
 """Which checkpoints go and which stay, with the reason for each: pure decisions over records, oldest first.
 
-A policy says what it keeps. ``KeepLast(3) | KeepBest(2, "accuracy")`` keeps what any of them keeps. Whatever the policy,
+A policy says what it keeps. ``KeepLast(3) | KeepBest(2, "accuracy")`` keeps what either keeps. Whatever the policy,
 pinned checkpoints, protected types, the newest and the holders of best flags stay.
 """
 

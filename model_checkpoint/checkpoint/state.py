@@ -1,8 +1,8 @@
 """Training state <-> a JSON tree of plain values plus named arrays in host memory. No pickle, no framework imported.
 
-The tree is ordinary JSON; what JSON cannot say is an object with one key that begins with ``$``:
-``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``, ``{"$ordered": ...}``, ``{"$set": ...}``, ``{"$float": "nan"}``,
-``{"$int": "0x..."}``, ``{"$complex": [re, im]}``, ``{"$torch": "float32"}``, ``{"$array": key, ...}``.
+The tree is ordinary JSON; what JSON cannot say is an object with a key that begins with ``$``:
+``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``, ``{"$ordered": ...}``, ``{"$set": [...]}``,
+``{"$int": "0x..."}``, ``{"$float": "nan"}``, ``{"$complex": [re, im]}``, ``{"$torch": "float32"}``, ``{"$array": key, ...}``.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ def encode(components: Mapping[str, object]) -> EncodedState:
         except RecursionError:
             raise UnsupportedValueError(name, value, "it is nested too deeply") from None
     placed = sorted(encoder.placed, key=_address)
-    if any([a.address + span > b.address for (a, span, _), (b, _, _) in zip(placed, placed[1:])]):
-        merge_overlaps(encoder.arrays, placed)
+    end = 0
+    for layout, span, _ in placed:
+        if layout.address < end:
+            merge_overlaps(encoder.arrays, placed)
+            break
+        end = layout.address + span
     return EncodedState(encoder.tree, encoder.arrays, encoder.kept)
 
 

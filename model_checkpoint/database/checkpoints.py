@@ -52,7 +52,7 @@ class CheckpointTable:
         return int(self._db.query("SELECT revision FROM stores WHERE id = :id", {"id": store_id})[0][0])
 
     def begin(self, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
-        """Store the intent to save ``record``, its ``details_of`` with it; returns its number among the store's saves."""
+        """Store the intent to save ``record`` (``details``: its ``details_of``); returns its number in the store."""
         with self._db.transaction() as connection:
             return _insert(connection, record, details, store_id)
 
@@ -133,9 +133,12 @@ class CheckpointTable:
 
     def count(self, store_id: str, experiment_id: str) -> int:
         """Return how many committed or corrupt checkpoints the experiment has in the store."""
-        bind = {"store": store_id, "experiment": experiment_id}
-        sql = f"SELECT COUNT(*) FROM checkpoints WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}"
-        return int(self._db.query(sql, bind)[0][0])
+        rows = self._db.query(
+            "SELECT COUNT(*) FROM checkpoints "
+            f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}",
+            {"store": store_id, "experiment": experiment_id},
+        )
+        return int(rows[0][0])
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
         """Return the id of the newest commit of the experiment, of one type or any, or None."""
@@ -150,7 +153,7 @@ class CheckpointTable:
     def holders(self, experiment_id: str) -> dict[str, str]:
         """Return criterion -> id of its best checkpoint, in the order in which the criteria first appeared."""
         sql = "SELECT criterion, checkpoint_id FROM best WHERE experiment_id = :id ORDER BY position, criterion"
-        return dict(self._db.query(sql, {"id": experiment_id}))  # type: ignore[arg-type]
+        return dict(self._db.query(sql, {"id": experiment_id}))
 
     def elsewhere(self, store_id: str, experiment_id: str) -> list[str]:
         """Return the other directories that hold checkpoints of the experiment."""
@@ -166,7 +169,7 @@ class CheckpointTable:
         rows = self._db.query(
             "SELECT id, status, experiment_id, size FROM checkpoints WHERE store_id = :store", {"store": store_id}
         )
-        return {row[0]: row[1:] for row in rows}  # type: ignore[misc]
+        return {row[0]: row[1:] for row in rows}
 
     def file_sizes(self, store_id: str) -> dict[str, dict[str, int]]:
         """Return id -> file name -> bytes, of every committed checkpoint of the store."""
@@ -231,7 +234,7 @@ class CheckpointTable:
     def trashed(self, store_id: str, before_generation: int | None = None) -> list[tuple[str, str, str, int]]:
         """Return (id, experiment id, reason, bytes) of what is in the trash, of older passes only if one is given."""
         only = "" if before_generation is None else "AND t.generation < :generation"
-        return self._db.query(  # type: ignore[return-value]
+        return self._db.query(
             "SELECT t.checkpoint_id, t.experiment_id, t.reason, c.size FROM tombstones t "
             "JOIN checkpoints c ON c.id = t.checkpoint_id "
             f"WHERE t.store_id = :store AND t.purged_at IS NULL {only} ORDER BY t.deleted_at",
@@ -313,7 +316,7 @@ class CheckpointTable:
 
 
 def details_of(record: CheckpointRecord) -> dict[str, Any]:
-    """Return what a user gave to a save as strict JSON: the fields of the manifest, too. ``decode_details`` undoes it."""
+    """Return what a user gave to a save as strict JSON, for row and manifest; ``decode_details`` undoes it."""
     scores = {"loss": record.loss, "val_loss": record.val_loss}
     return {
         "checkpoint_type": record.checkpoint_type,

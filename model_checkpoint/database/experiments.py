@@ -61,10 +61,9 @@ class ExperimentTable:
         if not rows:
             return None
         tags = self._db.query("SELECT tag FROM tags WHERE experiment_id = :id ORDER BY position", bind)
-        *plain, config, metadata = rows[0]
-        return ExperimentRecord(
-            *plain, config=loads(config), metadata=loads(metadata), tags=tuple(loads(t) for (t,) in tags)
-        )
+        found = dict(zip(_COLUMNS.split(", "), rows[0]))
+        found.update(config=loads(found["config"]), metadata=loads(found["metadata"]))
+        return ExperimentRecord(**found, tags=tuple(loads(tag) for (tag,) in tags))
 
     def add_tags(self, experiment_id: str, tags: Iterable[Any]) -> None:
         """Add tags behind those that there are; a tag that is there stays where it is."""

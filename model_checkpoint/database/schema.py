@@ -44,7 +44,8 @@ def migrate(connection: Executes, name: str) -> None:
         FormatVersionError: it was written by a newer version of this package; nothing was changed.
     """
     connection.execute(
-        "CREATE TABLE IF NOT EXISTS migrations (number INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_at REAL NOT NULL)"
+        "CREATE TABLE IF NOT EXISTS migrations "
+        "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_at REAL NOT NULL)"
     )
     (version,) = connection.execute("SELECT COALESCE(MAX(number), 0) FROM migrations").fetchone()
     if version > latest_version():

@@ -116,7 +116,7 @@ class BaseHook:
         """Do the hook's work.
 
         Returns:
-            True or None to go on; False or ``{"continue": False, "reason": ...}`` to veto a BEFORE event; any other dict
-            is kept as the result.
+            True or None to go on; False or ``{"continue": False, "reason": ...}`` to veto a BEFORE event; anything
+            else is kept as the result.
         """
         raise NotImplementedError(f"{type(self).__name__} must define execute(self, context)")

@@ -157,8 +157,10 @@ class HookManager:
             ]
 
     def get_performance_stats(self, name: str | None = None) -> dict[str, Any]:
-        """Return ``total_calls``, ``successful_calls``, ``failed_calls`` and ``min_time``, ``avg_time``, ``max_time`` in
-        seconds: of one hook, or hook name -> these.
+        """Return the statistics of one hook, or hook name -> statistics.
+
+        Returns:
+            ``total_calls``, ``successful_calls``, ``failed_calls``; in seconds ``min_time``, ``avg_time``, ``max_time``.
 
         Raises:
             HookRegistrationError: no hook has that name.

@@ -92,17 +92,20 @@ def read_file(path: str, size: int, sha256: str | None) -> memoryview:
     Raises:
         IntegrityError: it is missing, of another length, or of another digest. The text names both.
     """
-    with _open_checked(path, size) as file:
+    descriptor = _open_checked(path, size)
+    try:
         content = memoryview(bytearray(size))
         found = hashlib.sha256()
         position = 0
         while position < size:
-            count = os.readv(file.fd, [content[position : position + CHUNK]])
+            count = os.readv(descriptor, [content[position : position + CHUNK]])
             if count == 0:
                 raise IntegrityError(path, "the file shrank while it was read", size, position)
             if sha256 is not None:
                 found.update(content[position : position + count])
             position += count
+    finally:
+        os.close(descriptor)
     if sha256 is not None and found.hexdigest() != sha256:
         raise IntegrityError(path, "its SHA-256 is not the one recorded when it was saved", sha256, found.hexdigest())
     return content
@@ -114,8 +117,11 @@ def map_file(path: str, size: int) -> memoryview:
     Raises:
         IntegrityError: it is missing or of another length than ``size`` bytes.
     """
-    with _open_checked(path, size) as file:
-        return memoryview(mmap.mmap(file.fd, size, access=mmap.ACCESS_COPY) if size else bytearray())
+    descriptor = _open_checked(path, size)
+    try:
+        return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY) if size else bytearray())
+    finally:
+        os.close(descriptor)  # the mapping outlives it
 
 
 def digest_file(path: str, on_bytes: Callable[[int], object] | None = None) -> str:
@@ -138,22 +144,16 @@ def digest_file(path: str, on_bytes: Callable[[int], object] | None = None) -> s
     return found.hexdigest()
 
 
-class _open_checked:  # noqa: N801: used like the function open()
-    def __init__(self, path: str, size: int) -> None:
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
-                problem = "the file is missing" if error.errno == errno.ENOENT else "a link stands where the file was"
-                raise IntegrityError(path, problem) from error
-            raise StorageError("open a checkpoint file", path, error, "check its permissions") from error
-        found = os.fstat(self.fd).st_size
-        if found != size:
-            os.close(self.fd)
-            raise IntegrityError(path, "its length in bytes is not the one recorded", size, found)
-
-    def __enter__(self) -> _open_checked:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+def _open_checked(path: str, size: int) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+            problem = "the file is missing" if error.errno == errno.ENOENT else "a link stands where the file was"
+            raise IntegrityError(path, problem) from error
+        raise StorageError("open a checkpoint file", path, error, "check its permissions") from error
+    found = os.fstat(descriptor).st_size
+    if found != size:
+        os.close(descriptor)
+        raise IntegrityError(path, "its length in bytes is not the one recorded", size, found)
+    return descriptor

@@ -67,7 +67,7 @@ class BatchedWriter(Generic[Row]):
             try:
                 self.flush()
                 self._warned = False
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever write() raises, the thread goes on and tries again
                 if not self._warned:
                     log.warning(
                         "%s rows could not be written, they are kept and tried again: %s", len(self.pending), error

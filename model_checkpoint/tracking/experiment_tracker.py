@@ -76,7 +76,7 @@ class ExperimentTracker:
 
     @classmethod
     def resume(cls, experiment_id: str, database_url: str = "sqlite:///experiments.db") -> ExperimentTracker:
-        """Go on with an experiment that was started before, in this process or another; its status is ``running`` again.
+        """Go on with an experiment that was started before, here or elsewhere; its status is ``running`` again.
 
         Raises:
             ExperimentNotFoundError: it is not in the database.

@@ -23,7 +23,8 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}
 h1{line-height:1.2}h2{margin-top:2.5rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
-th,td{text-align:left;padding:.35rem .75rem .35rem 0;border-bottom:1px solid #8884;vertical-align:top;overflow-wrap:anywhere}
+th,td{text-align:left;padding:.35rem .75rem .35rem 0;border-bottom:1px solid #8884}
+td{vertical-align:top;overflow-wrap:anywhere}
 .tag{border:1px solid #8888;border-radius:1rem;padding:.1rem .6rem;margin-right:.4rem;font-size:.85rem}
 figure{margin:1.5rem 0}figcaption{font-weight:600}
 svg{width:100%;height:auto}
@@ -127,7 +128,8 @@ def _chart(name: str, points: Metrics) -> str:
         f"{(x - low_x) / wide * _WIDTH:.1f},{_HEIGHT - (y - low_y) / high * _HEIGHT:.1f}" for x, y in finite
     )
     return (
-        f'<figure>{caption}<svg viewBox="-4 -16 {_WIDTH + 8} {_HEIGHT + 40}" role="img" aria-label="{html.escape(name)}">'
+        f'<figure>{caption}<svg viewBox="-4 -16 {_WIDTH + 8} {_HEIGHT + 40}" role="img" '
+        f'aria-label="{html.escape(name)}">'
         f'<line class="axis" x1="0" y1="{_HEIGHT}" x2="{_WIDTH}" y2="{_HEIGHT}"/>'
         f'<polyline class="line" points="{line}"/>'
         f'<text x="0" y="-4">{_number(high_y)}</text><text x="0" y="{_HEIGHT + 16}">{low_x:g} · {_number(low_y)}</text>'

@@ -1,6 +1,6 @@
 """Config, metadata and tags: any JSON value, with the scalars of NumPy and torch taken as numbers.
 
-Stored as strict JSON; NaN and the infinities as ``{"$float": "nan"}``, a key that begins with ``$`` with one more ``$``.
+Stored as strict JSON; NaN and the infinities as ``{"$float": "nan"}``, a key that begins with ``$`` gets one more.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def unescape(value: Any) -> Any:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None, str | None]]:
-    """Yield every leaf as ``(dotted name, number or None, text or None)``; booleans are numbers, lists count by index."""
+    """Yield every leaf as (dotted name, number or None, text or None); booleans are numbers, lists count by index."""
     for name, value in config.items():
         full = f"{prefix}{name}"
         if isinstance(value, list):

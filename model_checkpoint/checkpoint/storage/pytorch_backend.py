@@ -1,6 +1,6 @@
 """PyTorch's own format: one ``checkpoint.pt`` that ``torch.load(path, weights_only=True)`` reads.
 
-The file holds ``model_state_dict``, ``optimizer_state_dict`` ... as torch users know them. Beside them, ``arrays`` names
+The file holds ``model_state_dict``, ``optimizer_state_dict`` ... as torch users know them; beside them ``arrays`` names
 the same tensors by component and key; torch stores shared memory once, so that costs names only.
 """
 

@@ -15,7 +15,8 @@ class NumpyAdapter:
     """Adapter of ``numpy.ndarray`` (kind ``numpy``) and of NumPy's scalars (kind ``numpy.scalar``)."""
 
     def to_host(self, value: object) -> HostArray | None:
-        np = require("numpy", "numpy", "storing a NumPy array")
+        import numpy as np  # its own array is here, so it is loaded
+
         if not isinstance(value, (np.ndarray, np.generic)):
             return None
         if isinstance(value, np.ma.MaskedArray):
@@ -24,7 +25,7 @@ class NumpyAdapter:
         if array.dtype.name not in DTYPES:
             raise ValueError(f"NumPy's dtype {array.dtype} has no portable form; convert it with .astype() first")
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        flat = np.ravel(little, order="C")  # a view when contiguous, a copy otherwise
+        flat: Any = np.ravel(little, order="C")  # a view when contiguous, a copy otherwise
         kind = "numpy.scalar" if isinstance(value, np.generic) else "numpy"
         identity = None
         if kind == "numpy" and array.size and little is array and all(s >= 0 for s in array.strides):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 
 from model_checkpoint.arrays.dtypes import DTYPES
 from model_checkpoint.arrays.host import HostArray, Layout
 
-_SIGNED, _UNSIGNED = "bhilqn", "BHILQN"
-_FLOATS = {"e": "float16", "f": "float32", "d": "float64"}
-
-
-def _dtype_of(format: str, itemsize: int) -> str:
-    code = format.lstrip("@=<") or "B"
-    if code in ("c", "B", "?"):
-        return "bool" if code == "?" else "uint8"
-    if len(code) == 1 and code in _SIGNED:
-        return f"int{itemsize * 8}"
-    if len(code) == 1 and code in _UNSIGNED:
-        return f"uint{itemsize * 8}"
-    if code in _FLOATS:
-        return _FLOATS[code]
-    raise ValueError(f"its element format {format!r} has no portable meaning; convert it to numbers or bytes first")
+_FORMATS = {"?": "bool", "c": "uint8", "e": "float16", "f": "float32", "d": "float64"}
+for _code in "bhilqn":  # sizes of the C types differ between machines: ask this one
+    _FORMATS[_code] = f"int{struct.calcsize(_code) * 8}"
+    _FORMATS[_code.upper()] = f"uint{struct.calcsize(_code) * 8}"
 
 
 class PlainAdapter:
@@ -29,10 +19,15 @@ class PlainAdapter:
 
     def to_host(self, value: object) -> HostArray | None:
         if isinstance(value, array):
-            dtype, kind = _dtype_of(value.typecode, value.itemsize), f"array:{value.typecode}"
+            if value.typecode not in _FORMATS:
+                raise ValueError("an array of characters has no portable element size; store it as a string")
+            dtype, kind = _FORMATS[value.typecode], f"array:{value.typecode}"
             return HostArray(dtype, (len(value),), memoryview(value).cast("B"), kind, id(value))
         if isinstance(value, memoryview):
-            dtype = _dtype_of(value.format, value.itemsize)
+            code = value.format.removeprefix("@")
+            if code not in _FORMATS:
+                raise ValueError(f"its element format {value.format!r} has no portable meaning; cast it to 'B' first")
+            dtype = _FORMATS[code]
             flat = value if value.c_contiguous else memoryview(value.tobytes())
             data = memoryview(b"") if value.nbytes == 0 else flat.cast("B")
             return HostArray(dtype, tuple(value.shape or ()), data, f"memoryview:{value.format}", id(value))

@@ -17,7 +17,8 @@ class TorchAdapter:
     """Adapter of ``torch.Tensor`` and ``torch.nn.Parameter`` (kind ``torch``)."""
 
     def to_host(self, value: object) -> HostArray | None:
-        torch = require("torch", "torch", "storing a torch tensor")
+        import torch  # its own tensor is here, so it is loaded
+
         if not isinstance(value, torch.Tensor):
             return None
         _check_storable(torch, value)

@@ -35,12 +35,14 @@ def scores_of(record: CheckpointRecord) -> dict[str, float]:
     """Return the criteria in which a checkpoint competes, with its values; NaN does not compete."""
     if not record.update_best:
         return {}
-    found = {f"metrics.{name}": value for name, value in record.metrics.items()}
-    if record.loss is not None:
-        found["loss"] = record.loss
-    if record.val_loss is not None:
-        found["val_loss"] = record.val_loss
-    return {criterion: value for criterion, value in found.items() if value == value}
+    found = {"loss": record.loss, "val_loss": record.val_loss}
+    for name, value in record.metrics.items():
+        found[f"metrics.{name}"] = value
+    scores = {}
+    for criterion, score in found.items():
+        if score is not None and score == score:
+            scores[criterion] = score
+    return scores
 
 
 def flags_taken(

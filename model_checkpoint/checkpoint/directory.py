@@ -17,11 +17,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
 from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
 from model_checkpoint.errors import ConfigurationError, FormatVersionError, LockTimeoutError, StorageError
-from model_checkpoint.integrity.hashing import HashingWriter
+from model_checkpoint.integrity.hashing import HashingSink, write_file
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
 
 FORMAT_VERSION = 1
@@ -71,8 +72,7 @@ class CheckpointDirectory:
         if not os.path.exists(name):
             text = json.dumps({"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}).encode()
             mine = f"{name}.{uuid.uuid4()}"
-            with HashingWriter(mine, hashed=False) as file:
-                file.write(text)
+            write_file(mine, methodcaller("write", text), hashed=False)
             try:
                 os.link(mine, name)  # of several processes that open a new directory, the first one names it
             except FileExistsError:
@@ -164,10 +164,11 @@ class CheckpointDirectory:
         staging, target = os.path.join(self._staging, checkpoint_id), self.folder(experiment_id, checkpoint_id)
         try:
             os.mkdir(staging)
-            entries = [_write_file(staging, file, codec, hashed) for file in planned]
+            entries = []
+            for file in planned:
+                entries.append(_write_planned(staging, file, codec, hashed))
             manifest, digest = manifest_of(entries)
-            with HashingWriter(os.path.join(staging, FILE_NAME), hashed=False) as file:
-                file.write(manifest)
+            write_file(os.path.join(staging, FILE_NAME), methodcaller("write", manifest), hashed=False)
             _sync_folder(staging)
             if experiment_id not in self._known:
                 os.makedirs(os.path.join(self.path, experiment_id), exist_ok=True)
@@ -230,16 +231,23 @@ class CheckpointDirectory:
         shutil.rmtree(os.path.join(self._trash, checkpoint_id), ignore_errors=True)
 
 
-def _write_file(staging: str, file: PlannedFile, codec: str | None, hashed: bool) -> FileEntry:
+def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool) -> FileEntry:
     name = file.name if codec is None else file.name + SUFFIX[codec]
-    with HashingWriter(os.path.join(staging, name), hashed) as writer:
-        if codec is None:
-            file.write(writer)
-            return FileEntry(name, file.component, writer.size, writer.digest())
-        compressing = CompressingSink(writer, codec)
+    path = os.path.join(staging, name)
+    if codec is None:
+        size, digest = write_file(path, file.write, hashed)
+        return FileEntry(name, file.component, size, digest)
+    raw_size = 0
+
+    def compress(sink: HashingSink) -> None:
+        nonlocal raw_size
+        compressing = CompressingSink(sink, codec)
         file.write(compressing)
         compressing.finish()
-        return FileEntry(name, file.component, writer.size, writer.digest(), codec, compressing.raw_size)
+        raw_size = compressing.raw_size
+
+    size, digest = write_file(path, compress, hashed)
+    return FileEntry(name, file.component, size, digest, codec, raw_size)
 
 
 def _sync_folder(path: str) -> None:

@@ -174,8 +174,8 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             checkpoint_type="regular" if checkpoint_type is None else label(checkpoint_type),
             epoch=operator.index(epoch),
             step=operator.index(step),
-            loss=None if loss is None else to_number(loss, "loss"),
-            val_loss=None if val_loss is None else to_number(val_loss, "val_loss"),
+            loss=loss if loss is None or type(loss) is float else to_number(loss, "loss"),
+            val_loss=val_loss if val_loss is None or type(val_loss) is float else to_number(val_loss, "val_loss"),
             metrics={} if not metrics else numbers(metrics),
             config=None if config is None else to_jsonable(config, "config"),
             notes=notes if notes is None else text(notes, "notes"),
@@ -184,35 +184,38 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             created_at=time.time(),
             update_best=update_best,
         )
-        components = {
-            "model": model,
-            "optimizer": optimizer if save_optimizer else None,
-            "scheduler": scheduler if save_scheduler else None,
-            "extra": extra_state,
-        }
+        components = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "extra": extra_state}
+        for name, wanted in (("optimizer", save_optimizer), ("scheduler", save_scheduler), ("extra", True)):
+            if components[name] is None or not wanted:
+                del components[name]
         details = details_of(record)
         planned = self._plan(components)
-        self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, details, record.id, record.experiment_id)
+        listening = self.hook_manager.listening if self.hook_manager is not None else ()
+        if HookEvent.BEFORE_CHECKPOINT_SAVE in listening:
+            self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, details, record.id, record.experiment_id)
         if self._tracker is not None and self._tracker.unflushed:
             self._tracker.flush()  # so that the commit notes where the metrics stood
         with self._directory.shared():
-            record, taken = self._write(record, details, planned, compute_checksum and self._integrity)
+            record, taken, count = self._write(record, details, planned, compute_checksum and self._integrity)
         self._count(saves=1, save_seconds=time.perf_counter() - started, bytes_written=record.size)
-        outcome = {**details, "size": record.size, "best": taken}
-        self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)
-        self._retain(record.experiment_id)
+        if HookEvent.AFTER_CHECKPOINT_SAVE in listening:
+            outcome = {**details, "size": record.size, "best": taken}
+            self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)
+        if self._policy is not None or (self._max_checkpoints is not None and count > self._max_checkpoints):
+            self._retain(record.experiment_id)
         return record.id
 
     def _plan(self, components: Mapping[str, object]) -> list[PlannedFile]:
-        state = encode({name: part for name, part in components.items() if name == "model" or part is not None})
+        state = encode(components)
         tree = state.to_json()
-        state_file = PlannedFile(STATE_FILE, None, len(tree), lambda sink: sink.write(tree))
+        state_file = PlannedFile(STATE_FILE, None, len(tree), operator.methodcaller("write", tree))
         return [*self._backend.plan(state, self._max_shard_size), state_file]
 
     def _write(
         self, record: CheckpointRecord, details: Mapping[str, Any], planned: Sequence[PlannedFile], hashed: bool
-    ) -> tuple[CheckpointRecord, Mapping[str, float]]:
-        """Intent, bytes, manifest, publication, commit; returns the final record and the best flags that it took."""
+    ) -> tuple[CheckpointRecord, Mapping[str, float], int]:
+        """Intent, bytes, manifest, publication, commit; returns the final record, the best flags that it took, and
+        how many checkpoints the experiment has now."""
         store, rows = self._directory.store_id, self._db.checkpoints
         intent = rows.begin(record, details, store)
         try:
@@ -223,9 +226,9 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         except BaseException:
             rows.fail(record.id)
             raise
-        record = replace(record, size=sum([entry.size for entry in entries]), manifest_sha256=digest)
-        files = [(entry.name, entry.size, entry.sha256) for entry in entries]
-        return record, rows.commit(record, store, files, partial(flags_taken, overrides=self._best_metrics))
+        record = replace(record, size=sum(map(operator.attrgetter("size"), entries)), manifest_sha256=digest)
+        files = map(operator.attrgetter("name", "size", "sha256"), entries)
+        return (record, *rows.commit(record, store, files, partial(flags_taken, overrides=self._best_metrics)))
 
     def _manifest(
         self, record: CheckpointRecord, details: Mapping[str, Any], intent: int, entries: Sequence[FileEntry]
@@ -237,12 +240,14 @@ class EnhancedCheckpointManager(CheckpointRemoval):
 
     def _experiment_to_save(self, experiment_id: str | None) -> str:
         """Return the experiment's id, after noting what manifests tell of it."""
-        experiment_id = experiment_id or self._own_experiment()
+        tracker = self._tracker
+        if experiment_id is None and tracker is not None:
+            experiment_id = tracker.experiment_id
         if experiment_id is None:
             raise ExperimentNotFoundError(
                 "No experiment_id provided and the manager has no experiment_tracker; pass one of them"
             )
-        version = self._tracker.version if self._tracker is not None else 0
+        version = 0 if tracker is None else tracker.version
         known = self._experiments.get(experiment_id)
         if known is None or known[0] != version:
             self._experiments[experiment_id] = (version, self._tell_of(experiment_id))

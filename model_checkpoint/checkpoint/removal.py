@@ -60,10 +60,6 @@ class CheckpointRemoval(CheckpointCatalog):
 
     def _retain(self, experiment_id: str) -> None:
         """Carry out the retention plan after a save; what another process is using is left to the next pass."""
-        if self._policy is None:
-            count = self._db.checkpoints.count(self._directory.store_id, experiment_id)
-            if self._max_checkpoints is None or count <= self._max_checkpoints:
-                return
         doomed = [i for i in self.retention_plan(experiment_id).removed if self._may_go(experiment_id, i) is None]
         try:
             with self._directory.exclusive(_RETENTION_PATIENCE):

@@ -2,7 +2,8 @@
 
 The tree is ordinary JSON; what JSON cannot say is an object with a key that begins with ``$``:
 ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``, ``{"$ordered": ...}``, ``{"$set": [...]}``,
-``{"$int": "0x..."}``, ``{"$float": "nan"}``, ``{"$complex": [re, im]}``, ``{"$torch": "float32"}``, ``{"$array": key, ...}``.
+``{"$int": "0x..."}``, ``{"$float": "nan"}``, ``{"$complex": [re, im]}``, ``{"$torch": "float32"}``,
+``{"$array": key, ...}``.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class _Encoder:
     def _array(self, value: object, array: HostArray, path: tuple[object, ...]) -> dict[str, Any]:
         if array.identity is not None and array.identity in self._tied:
             return self._tied[array.identity]
-        key = ".".join(str(part) for part in path[1:]) or str(path[0])
+        key = ".".join(map(str, path[1:])) or str(path[0])
         key = key.encode("utf-8", "backslashreplace").decode()
         base, copies = key, 1
         while key in self.component or key == "__metadata__":  # {"a.b": x, "a": {"b": y}}, or SafeTensors' own name
@@ -152,7 +153,9 @@ class _Encoder:
             for k in value:
                 named = named and type(k) is str and not k.startswith("$")
             if named:
-                made = {k: node(v, (*path, k)) for k, v in value.items()}
+                made = {}
+                for k, v in value.items():
+                    made[k] = node(v, (*path, k))
             else:
                 pairs = [[node(k, (*path, k)), node(v, (*path, k))] for k, v in value.items()]
                 made = {"$dict" if kind is dict else "$ordered": pairs}

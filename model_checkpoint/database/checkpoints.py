@@ -58,7 +58,7 @@ class CheckpointTable:
 
     def commit(
         self, record: CheckpointRecord, store_id: str, files: Iterable[tuple[str, int, str | None]], decide: Decide
-    ) -> Scores:
+    ) -> tuple[Scores, int]:
         """Make a published checkpoint exist: the row, its files and the best flags, in one durable transaction.
 
         Args:
@@ -69,7 +69,7 @@ class CheckpointTable:
                 holds, with its values.
 
         Returns:
-            The criteria that it took, with its values.
+            The criteria that it took, with its values; and how many checkpoints the experiment now has in the store.
         """
         bind = {"id": record.id, "store": store_id, "size": record.size, "digest": record.manifest_sha256}
         bind["experiment"] = record.experiment_id
@@ -82,18 +82,25 @@ class CheckpointTable:
                 "metric_position = (SELECT points FROM experiments WHERE id = :experiment) WHERE id = :id",
                 bind,
             )
-            connection.executemany(
-                "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)",
-                [(record.id, *file) for file in files],
-            )
-            holders = connection.execute(
+            for file in files:
+                connection.execute(
+                    "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)", (record.id, *file)
+                )
+            holders = {}
+            for criterion, value in connection.execute(
                 "SELECT criterion, value FROM best WHERE experiment_id = :experiment", bind
-            ).fetchall()
-            taken = decide(record, {criterion: float(value) for criterion, value in holders})
-            if taken:
-                _hold(connection, record.experiment_id, {c: (record.id, value) for c, value in taken.items()})
+            ):
+                holders[criterion] = float(value)
+            taken = decide(record, holders)
+            for criterion, score in taken.items():
+                _hold(connection, record.experiment_id, criterion, record.id, score)
             _bump(connection, store_id)
-        return taken
+            (count,) = connection.execute(
+                "SELECT COUNT(*) FROM checkpoints "
+                f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}",
+                bind,
+            ).fetchone()
+        return taken, count
 
     def fail(self, checkpoint_id: str) -> None:
         """Note that a save did not come to its end."""
@@ -130,15 +137,6 @@ class CheckpointTable:
         """Return the experiment's committed and corrupt checkpoints in every store, oldest first."""
         where = f"experiment_id = :experiment AND status IN {_LIVE} ORDER BY created_at"
         return self._records(where, experiment=experiment_id)
-
-    def count(self, store_id: str, experiment_id: str) -> int:
-        """Return how many committed or corrupt checkpoints the experiment has in the store."""
-        rows = self._db.query(
-            "SELECT COUNT(*) FROM checkpoints "
-            f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}",
-            {"store": store_id, "experiment": experiment_id},
-        )
-        return int(rows[0][0])
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
         """Return the id of the newest commit of the experiment, of one type or any, or None."""
@@ -224,7 +222,8 @@ class CheckpointTable:
                 "DELETE FROM best WHERE experiment_id = :id AND criterion = :criterion",
                 [{**bind, "criterion": criterion} for (criterion,) in rows if criterion not in best],
             )
-            _hold(connection, experiment_id, best)
+            for criterion, (checkpoint_id, value) in best.items():
+                _hold(connection, experiment_id, criterion, checkpoint_id, value)
 
     def generation(self, store_id: str) -> int:
         """Return the number of the store's last retention pass that removed something; 0 before the first."""
@@ -317,18 +316,23 @@ class CheckpointTable:
 
 def details_of(record: CheckpointRecord) -> dict[str, Any]:
     """Return what a user gave to a save as strict JSON, for row and manifest; ``decode_details`` undoes it."""
-    scores = {"loss": record.loss, "val_loss": record.val_loss}
-    return {
+    details: dict[str, Any] = {
         "checkpoint_type": record.checkpoint_type,
         "epoch": record.epoch,
         "step": record.step,
         "update_best": record.update_best,
-        **{name: v if v is None or v - v == 0 else repr(v) for name, v in scores.items()},
-        "metrics": {name: v if v - v == 0 else repr(v) for name, v in record.metrics.items()},
+        "loss": record.loss,
+        "val_loss": record.val_loss,
+        "metrics": dict(record.metrics),
         "config": None if record.config is None else escape(record.config),
         "notes": record.notes,
         "model_name": record.model_name,
     }
+    for scores in (details, details["metrics"]):
+        for name, value in scores.items():
+            if type(value) is float and value - value != 0:  # strict JSON has neither NaN nor the infinities
+                scores[name] = repr(value)
+    return details
 
 
 def decode_details(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,14 +373,13 @@ def _insert(connection: Executes, record: CheckpointRecord, details: Mapping[str
     return intent
 
 
-def _hold(connection: Executes, experiment_id: str, best: Mapping[str, tuple[str, float]]) -> None:
-    for criterion, (checkpoint_id, value) in best.items():
-        connection.execute(
-            "INSERT INTO best (experiment_id, criterion, checkpoint_id, value, position) VALUES (:experiment, "
-            ":criterion, :id, :value, (SELECT COUNT(*) FROM best WHERE experiment_id = :experiment)) "
-            "ON CONFLICT (experiment_id, criterion) DO UPDATE SET checkpoint_id = :id, value = :value",
-            {"experiment": experiment_id, "criterion": criterion, "id": checkpoint_id, "value": repr(value)},
-        )
+def _hold(connection: Executes, experiment_id: str, criterion: str, checkpoint_id: str, value: float) -> None:
+    connection.execute(
+        "INSERT INTO best (experiment_id, criterion, checkpoint_id, value, position) VALUES (:experiment, "
+        ":criterion, :id, :value, (SELECT COUNT(*) FROM best WHERE experiment_id = :experiment)) "
+        "ON CONFLICT (experiment_id, criterion) DO UPDATE SET checkpoint_id = :id, value = :value",
+        {"experiment": experiment_id, "criterion": criterion, "id": checkpoint_id, "value": repr(value)},
+    )
 
 
 def _bump(connection: Executes, store_id: str) -> None:

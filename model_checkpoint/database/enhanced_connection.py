@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from queue import LifoQueue
 from typing import Any
 
 from model_checkpoint.database.checkpoints import CheckpointTable
@@ -14,6 +14,7 @@ from model_checkpoint.database.experiments import ExperimentTable
 from model_checkpoint.database.schema import migrate
 from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
 from model_checkpoint.errors import ConfigurationError, DatabaseError
+from model_checkpoint.utils.fork import watch
 
 _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
 
@@ -46,18 +47,25 @@ class EnhancedDatabaseConnection:
         self._local = threading.local()
         self._abandoned: list[object] = []
         self._transactions = 0
-        self._closed = False
         self._new_pool()
+        watch(self)
         with self.transaction() as connection:
             migrate(connection, self._dialect.path)
         self.experiments = ExperimentTable(self)
         self.checkpoints = CheckpointTable(self)
 
     def _new_pool(self) -> None:
-        self._process = os.getpid()
-        self._idle: list[SQLiteConnection] = []
-        self._opened = 0
-        self._returned = threading.Condition()
+        self._local = threading.local()
+        self._closed = False
+        self._closing = threading.Lock()
+        self._pool: LifoQueue[SQLiteConnection | None] = LifoQueue()  # None is a slot without a connection
+        for _ in range(self._size):
+            self._pool.put(None)
+
+    def after_fork(self) -> None:
+        """Start afresh in a forked child: a SQLite connection must be neither used nor closed there."""
+        self._abandoned += [self._pool, self._local]
+        self._new_pool()
 
     @contextmanager
     def transaction(self, durable: bool = False) -> Iterator[SQLiteConnection]:
@@ -73,10 +81,10 @@ class EnhancedDatabaseConnection:
             DatabaseError: the database refused; nothing of the block was stored.
         """
         current: SQLiteConnection | None = getattr(self._local, "connection", None)
-        if current is not None and self._process == os.getpid():
+        if current is not None:
             yield current
             return
-        connection = self._acquire()
+        connection = self._pool.get() or self._connect()
         try:
             if connection.guard is not None:
                 fcntl.flock(connection.guard, fcntl.LOCK_SH)
@@ -97,7 +105,7 @@ class EnhancedDatabaseConnection:
             self._transactions += 1
             if self._transactions % _TIDY_EVERY == 0:
                 self._dialect.tidy(connection)
-            self._release(connection)
+            self._pool.put(connection)
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Return every row of a SELECT, in the running transaction of this thread if there is one.
@@ -110,46 +118,23 @@ class EnhancedDatabaseConnection:
             DatabaseError: the database refused.
         """
         current: SQLiteConnection | None = getattr(self._local, "connection", None)
-        joined = current is not None and self._process == os.getpid()
-        connection = current if joined and current is not None else self._acquire()
+        connection = current or self._pool.get() or self._connect()
         try:
             return connection.execute(sql, parameters or {}).fetchall()
         except self._dialect.driver_errors as error:
             raise self._failed(error) from error
         finally:
-            if not joined:
-                self._release(connection)
+            if current is None:
+                self._pool.put(connection)
 
-    def _acquire(self) -> SQLiteConnection:
-        if self._process != os.getpid():
-            # A SQLite connection must not be used, nor closed, in a forked child: keep it from being collected.
-            self._abandoned.append(self._idle)
-            self._local = threading.local()
-            self._new_pool()
-        with self._returned:
-            while not self._idle and self._opened >= self._size and not self._closed:
-                self._returned.wait()
+    def _connect(self) -> SQLiteConnection:
+        try:
             if self._closed:
                 raise DatabaseError(f"database {self._dialect.path} was closed; open it again to go on")
-            if self._idle:
-                return self._idle.pop()
-            self._opened += 1
-        try:
             return self._dialect.connect()
         except BaseException:
-            with self._returned:
-                self._opened -= 1
-                self._returned.notify()
+            self._pool.put(None)
             raise
-
-    def _release(self, connection: SQLiteConnection) -> None:
-        with self._returned:
-            if not self._closed:
-                self._idle.append(connection)
-                self._returned.notify()
-                return
-            self._opened -= 1
-        self._dialect.close(connection)
 
     def _failed(self, error: Exception) -> DatabaseError:
         advice = (
@@ -158,15 +143,19 @@ class EnhancedDatabaseConnection:
         return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")
 
     def close(self) -> None:
-        """Close every idle connection; those in use close when they are returned. Closing twice does nothing."""
-        with self._returned:
+        """Close every connection, each when its transaction has ended. Closing twice does nothing.
+
+        Raises:
+            DatabaseError: this thread is inside a transaction.
+        """
+        if getattr(self._local, "connection", None) is not None:
+            raise DatabaseError(f"database {self._dialect.path}: close() inside a transaction; leave it first")
+        with self._closing:
             self._closed = True
-            idle, self._idle = self._idle, []
-            self._opened -= len(idle)
-            self._returned.notify_all()
-        if self._process == os.getpid():
-            for connection in idle:
-                self._dialect.close(connection)
+            for connection in [self._pool.get() for _ in range(self._size)]:
+                if connection is not None:
+                    self._dialect.close(connection)
+                self._pool.put(None)
 
     def __repr__(self) -> str:
         return f"EnhancedDatabaseConnection({self._dialect.name!r}, {self._dialect.path!r})"

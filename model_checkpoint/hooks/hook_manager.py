@@ -160,7 +160,8 @@ class HookManager:
         """Return the statistics of one hook, or hook name -> statistics.
 
         Returns:
-            ``total_calls``, ``successful_calls``, ``failed_calls``; in seconds ``min_time``, ``avg_time``, ``max_time``.
+            ``total_calls``, ``successful_calls``, ``failed_calls``,
+            and in seconds ``min_time``, ``avg_time``, ``max_time``.
 
         Raises:
             HookRegistrationError: no hook has that name.

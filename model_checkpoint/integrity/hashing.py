@@ -14,28 +14,24 @@ CHUNK = 4 << 20  # 4 MiB: large enough that hashing and writing dwarf the calls,
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class HashingWriter:
-    """A new file that is hashed as it is written. Use it in a ``with`` block; the file is durable when that ends.
+class HashingSink:
+    """Writes to an open file and hashes in the same pass.
 
     Args:
-        path: where; nothing may be there yet, and a symbolic link is never followed.
+        descriptor: of the file; stays open.
+        path: its name, for errors.
         hashed: whether to compute the digest.
 
     Attributes:
         size: bytes written so far.
-
-    Raises:
-        StorageError: the file cannot be created, written or made durable; an incomplete file may stay behind.
+        hash: of these bytes, or None.
     """
 
-    def __init__(self, path: str, hashed: bool = True) -> None:
+    def __init__(self, descriptor: int, path: str, hashed: bool) -> None:
         self.size = 0
+        self.hash = hashlib.sha256() if hashed else None
+        self._descriptor = descriptor
         self._path = path
-        self._hash = hashlib.sha256() if hashed else None
-        try:
-            self._fd = os.open(path, _NEW_FILE, 0o644)
-        except OSError as error:
-            raise _failed("create", path, error) from error
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write and hash all of ``data``, any contiguous buffer; it is not kept. Returns its size in bytes."""
@@ -45,30 +41,44 @@ class HashingWriter:
         try:
             for start in range(0, view.nbytes, CHUNK):
                 chunk = view[start : start + CHUNK]
-                if self._hash is not None:
-                    self._hash.update(chunk)
+                if self.hash is not None:
+                    self.hash.update(chunk)
                 while chunk.nbytes:  # the kernel may take less than it is given
-                    chunk = chunk[os.write(self._fd, chunk) :]
+                    chunk = chunk[os.write(self._descriptor, chunk) :]
         except OSError as error:
             raise _failed("write", self._path, error) from error
         self.size += view.nbytes
         return view.nbytes
 
-    def digest(self) -> str | None:
-        """Return the SHA-256 of everything written, in hex, or None when hashing was off."""
-        return None if self._hash is None else self._hash.hexdigest()
 
-    def __enter__(self) -> HashingWriter:
-        return self
+def write_file(path: str, write: Callable[[HashingSink], object], hashed: bool = True) -> tuple[int, str | None]:
+    """Make a new file, durable when this returns; its folder is not synced.
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    Args:
+        path: where; nothing may be there yet, and a symbolic link is never followed.
+        write: called once with a sink that takes the content.
+        hashed: whether to compute the digest while writing.
+
+    Returns:
+        Its length in bytes and its SHA-256 in hex, None when ``hashed`` is off.
+
+    Raises:
+        StorageError: it cannot be made, written or made durable; an incomplete file may stay behind.
+    """
+    try:
+        descriptor = os.open(path, _NEW_FILE, 0o644)
+    except OSError as error:
+        raise _failed("create", path, error) from error
+    try:
+        sink = HashingSink(descriptor, path, hashed)
+        write(sink)
         try:
-            if kind is None:
-                os.fsync(self._fd)  # a failure is final: Linux forgets the error, a second fsync would lie
-        except OSError as failure:
-            raise _failed("make durable", self._path, failure) from failure
-        finally:
-            os.close(self._fd)
+            os.fsync(descriptor)  # a failure is final: Linux forgets the error, and a second fsync would lie
+        except OSError as error:
+            raise _failed("make durable", path, error) from error
+    finally:
+        os.close(descriptor)
+    return sink.size, None if sink.hash is None else sink.hash.hexdigest()
 
 
 def _failed(action: str, path: str, error: OSError) -> StorageError:

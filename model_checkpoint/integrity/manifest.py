@@ -62,7 +62,11 @@ class Manifest(NamedTuple):
 
     def to_bytes(self) -> tuple[bytes, str]:
         """Return the file's bytes, and the digest that they carry of themselves."""
-        content = {**self._asdict(), "format_version": FORMAT_VERSION, "files": [f._asdict() for f in self.files]}
+        content = {
+            **self._asdict(),
+            "format_version": FORMAT_VERSION,
+            "files": list(map(FileEntry._asdict, self.files)),
+        }
         return _seal(content)
 
 

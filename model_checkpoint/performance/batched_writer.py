@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
+
+from model_checkpoint.utils.fork import watch
 
 log = logging.getLogger(__name__)
 Row = TypeVar("Row")
@@ -34,10 +35,15 @@ class BatchedWriter(Generic[Row]):
         self._max_rows = max_rows
         self._max_age = max_age
         self._start()
+        watch(self)
         atexit.register(self.close)
 
+    def after_fork(self) -> None:
+        """Start empty in a forked child."""
+        self.pending.clear()
+        self._start()
+
     def _start(self) -> None:
-        self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
         self._some = threading.Event()
@@ -47,9 +53,6 @@ class BatchedWriter(Generic[Row]):
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Collect rows and return; they are on their way to ``write`` within ``max_age`` seconds."""
-        if self._process != os.getpid():
-            self.pending.clear()
-            self._start()
         self.pending.extend(rows)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="model-checkpoint-writer", daemon=True)
@@ -77,8 +80,6 @@ class BatchedWriter(Generic[Row]):
 
     def flush(self) -> None:
         """Write everything collected so far; raises what ``write`` raises, with the rows kept."""
-        if self._process != os.getpid():
-            return
         with self._writing:
             batch = self.pending[:]
             if batch:

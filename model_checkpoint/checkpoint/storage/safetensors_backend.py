@@ -39,8 +39,7 @@ class SafeTensorsBackend(StorageBackend):
                 names = [f"{component}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
                 files.append(_index(component, names, shards))
             for name, shard in zip(names, shards):
-                header, ordered = build_header(shard)
-                size = len(header) + sum([array.data.nbytes for array in ordered])
+                header, ordered, size = build_header(shard)
                 files.append(PlannedFile(name, component, size, partial(_write, header, ordered)))
         return files
 
@@ -79,26 +78,36 @@ def _write(header: bytes, arrays: list[HostArray], sink: Sink) -> None:
             sink.write(array.data)
 
 
-def build_header(arrays: Mapping[str, HostArray]) -> tuple[bytes, list[HostArray]]:
-    """Return the file's bytes before the data, and the arrays in the order in which their data follows.
+def build_header(arrays: Mapping[str, HostArray]) -> tuple[bytes, list[HostArray], int]:
+    """Plan one file.
 
     Args:
         arrays: key -> array. Wide elements come first, so that every array starts on a multiple of its element size.
+
+    Returns:
+        The file's bytes before the data, the arrays in the order in which their data follows, and the file's length.
     """
-    ordered = sorted(arrays.items(), key=lambda item: -DTYPES[item[1].dtype].bits // DTYPES[item[1].dtype].lanes)
+    by_width: dict[int, list[tuple[str, HostArray]]] = {}
+    kinds = set()
+    for key, array in arrays.items():
+        by_width.setdefault(DTYPES[array.dtype].bits // DTYPES[array.dtype].lanes, []).append((key, array))
+        kinds.add(array.kind)
     header: dict[str, Any] = {}
-    if arrays and {array.kind for array in arrays.values()} == {"torch"}:
+    if kinds == {"torch"}:
         header["__metadata__"] = {"format": "pt"}  # without it, Hugging Face's from_pretrained refuses the file
     position = 0
-    for key, array in ordered:
-        dtype = DTYPES[array.dtype]
-        shape = [*array.shape, dtype.lanes] if dtype.lanes > 1 else list(array.shape)
-        end = position + array.data.nbytes
-        header[key] = {"dtype": dtype.code, "shape": shape, "data_offsets": [position, end]}
-        position = end
+    ordered: list[HostArray] = []
+    for width in sorted(by_width, reverse=True):
+        for key, array in by_width[width]:
+            dtype = DTYPES[array.dtype]
+            shape = [*array.shape, dtype.lanes] if dtype.lanes > 1 else list(array.shape)
+            end = position + array.data.nbytes
+            header[key] = {"dtype": dtype.code, "shape": shape, "data_offsets": [position, end]}
+            position = end
+            ordered.append(array)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [array for _, array in ordered]
+    return len(text).to_bytes(8, "little") + text, ordered, 8 + len(text) + position
 
 
 def read_tensors(content: memoryview) -> dict[str, HostArray]:

@@ -1,0 +1,48 @@
+# Every target works in a fresh clone: the first run makes .venv and installs into it, later runs reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fmt bench-scale clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## train, kill, resume and compare on real images (examples/digits.py)
+	$(BIN)/python examples/digits.py
+
+test: lint ## lint, then the fast tests, then the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev ## ruff, mypy and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/.dev ## format the code and apply the safe fixes
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench-scale: $(VENV)/.dev ## measure how saving, listing and retention scale (benchmarks/scale.py)
+	$(BIN)/python benchmarks/scale.py
+
+clean: ## remove .venv, caches and what the demo wrote
+	rm -rf $(VENV) demo_run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip comes last when an environment is made, so its presence says that the environment is whole.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+# After .demo, never beside it: under make -j two pips would write into one environment.
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.demo
+	$(INSTALL) -e '.[dev]'
+	@touch $@

@@ -64,6 +64,7 @@ class ArrayAdapter(Protocol):
 
         Raises:
             MissingDependencyError: the library, or one that it needs for this dtype, is not installed.
+            ConfigurationError: the device cannot be used.
         """
 
     def view(self, base: object, layout: Layout, offset: int) -> object:

@@ -8,7 +8,7 @@ from model_checkpoint.arrays.dtypes import DTYPES
 from model_checkpoint.arrays.host import HostArray, Layout
 from model_checkpoint.utils.optional import require
 
-_NARROW = ("bfloat16", "float8", "float6", "float4")
+_ML_DTYPES = {name for name in DTYPES if name.startswith(("bfloat", "float8", "float6_", "float4_"))}
 
 
 class NumpyAdapter:
@@ -22,13 +22,14 @@ class NumpyAdapter:
         if isinstance(value, np.ma.MaskedArray):
             raise ValueError("a masked array has two parts; store its .data and its .mask")
         array = np.asarray(value)
-        if array.dtype.name not in DTYPES:
+        known = DTYPES.get(array.dtype.name)
+        if known is None or known.bits != array.itemsize * 8:  # ml_dtypes gives a whole byte to 4 and 6 bit floats
             raise ValueError(f"NumPy's dtype {array.dtype} has no portable form; convert it with .astype() first")
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
         flat: Any = np.ravel(little, order="C")  # a view when contiguous, a copy otherwise
         kind = "numpy.scalar" if isinstance(value, np.generic) else "numpy"
         identity = None
-        if kind == "numpy" and array.size and little is array and all(s >= 0 for s in array.strides):
+        if kind == "numpy" and array.size and little is array and _whole(array):
             strides = tuple(s // array.itemsize for s in array.strides)
             identity = Layout("cpu", array.ctypes.data, array.dtype.name, array.shape, strides)
         return HostArray(array.dtype.name, array.shape, memoryview(flat.view(np.uint8)), kind, identity)
@@ -45,7 +46,12 @@ class NumpyAdapter:
         return np.lib.stride_tricks.as_strided(base[offset:], layout.shape, strides)  # type: ignore[index]
 
     def _dtype(self, np: Any, name: str) -> Any:
-        if not name.startswith(_NARROW):
+        if name not in _ML_DTYPES:
             return np.dtype(name)
         module = require("ml_dtypes", "numpy", f"loading {name} as a NumPy array")
         return np.dtype(getattr(module, name))
+
+
+def _whole(array: Any) -> bool:
+    """Whether the strides count elements; those of a structured array's field may not."""
+    return all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)

@@ -57,4 +57,7 @@ class PlainAdapter:
             if length > 1 and stride != count:
                 raise ValueError("a memoryview cannot be transposed; install numpy or torch to load this array")
             count *= length
+        width = DTYPES[layout.dtype].bits // 8 // base.itemsize  # of a dtype without a format, base is bytes
+        if width > 1:
+            return base[offset * width : (offset + count) * width]
         return base[offset : offset + count].cast("B").cast(base.format, layout.shape)  # type: ignore[call-overload]

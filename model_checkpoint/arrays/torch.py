@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.arrays.dtypes import DTYPES
 from model_checkpoint.arrays.host import HostArray, Layout
+from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.utils.optional import require
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class TorchAdapter:
         if dtype not in DTYPES:
             raise ValueError(f"torch's dtype {value.dtype} has no portable form; convert it with .to() first")
         identity = None
-        if value.numel():
+        if value.numel() and not (value.is_conj() or value.is_neg()):  # those differ from their memory by a lazy bit
             identity = Layout(str(value.device), value.data_ptr(), dtype, tuple(value.shape), value.stride())
         # Conjugate and negative views are lazy bits over shared memory: resolve them before looking at bytes.
         host = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
@@ -40,7 +41,12 @@ class TorchAdapter:
     def from_host(self, array: HostArray, device: Any = None) -> object:
         torch = require("torch", "torch", "loading a torch tensor")
         tensor = array.source if isinstance(array.source, torch.Tensor) else _tensor(torch, array)
-        return tensor if device is None else tensor.to(device)
+        if device is None:
+            return tensor
+        try:
+            return tensor.to(device)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise ConfigurationError(f"device={device!r} cannot take a tensor: {error}") from error
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
         torch = require("torch", "torch", "loading a torch tensor")
@@ -48,6 +54,8 @@ class TorchAdapter:
 
 
 def _check_storable(torch: Any, value: torch.Tensor) -> None:
+    if value.is_nested:
+        raise ValueError("a nested tensor has no one shape; store the list of its parts, .unbind()")
     if value.layout != torch.strided:
         raise ValueError(f"a {value.layout} tensor has no plain memory; store its indices and values, or .to_dense()")
     if value.is_quantized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
@@ -254,3 +255,9 @@ class CheckpointCatalog:
         result = self.hook_manager.fire_hook(event, data=data, checkpoint_id=checkpoint_id, experiment_id=experiment_id)
         if result.stopped_by is not None:
             raise HookVetoError(result.stopped_by, event.value, result.reason)
+
+
+def payload(record: CheckpointRecord) -> dict[str, Any]:
+    """Return what hooks are told of a save; copies, so that nothing a hook does to it reaches the checkpoint."""
+    names = ("checkpoint_type", "epoch", "step", "loss", "val_loss", "metrics", "config", "notes", "model_name")
+    return copy.deepcopy({name: getattr(record, name) for name in names})

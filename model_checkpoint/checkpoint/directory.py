@@ -100,7 +100,7 @@ class CheckpointDirectory:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield
         finally:
-            os.close(descriptor)
+            _let_go(descriptor)
 
     @contextmanager
     def exclusive(self, timeout: float) -> Iterator[None]:
@@ -124,7 +124,7 @@ class CheckpointDirectory:
                     time.sleep(_LOCK_POLL)
             yield
         finally:
-            os.close(descriptor)
+            _let_go(descriptor)
 
     def _open_lock(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -248,6 +248,11 @@ def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: b
 
     size, digest = write_file(path, compress, hashed)
     return FileEntry(name, file.component, size, digest, codec, raw_size)
+
+
+def _let_go(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile
+    os.close(descriptor)
 
 
 def _sync_folder(path: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from model_checkpoint.checkpoint.arguments import check_at_least_one, label, numbers
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
-from model_checkpoint.checkpoint.catalog import Tracker
+from model_checkpoint.checkpoint.catalog import Tracker, payload
 from model_checkpoint.checkpoint.compression import best_codec
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.checkpoint.reader import STATE_FILE, CheckpointReader
@@ -172,8 +172,8 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             id=str(uuid.uuid4()),
             experiment_id=self._experiment_to_save(experiment_id),
             checkpoint_type="regular" if checkpoint_type is None else label(checkpoint_type),
-            epoch=operator.index(epoch),
-            step=operator.index(step),
+            epoch=_integer(epoch, "epoch"),
+            step=_integer(step, "step"),
             loss=loss if loss is None or type(loss) is float else to_number(loss, "loss"),
             val_loss=val_loss if val_loss is None or type(val_loss) is float else to_number(val_loss, "val_loss"),
             metrics={} if not metrics else numbers(metrics),
@@ -192,14 +192,14 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         planned = self._plan(components)
         listening = self.hook_manager.listening if self.hook_manager is not None else ()
         if HookEvent.BEFORE_CHECKPOINT_SAVE in listening:
-            self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, details, record.id, record.experiment_id)
+            self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
         if self._tracker is not None and self._tracker.unflushed:
             self._tracker.flush()  # so that the commit notes where the metrics stood
         with self._directory.shared():
             record, taken, count = self._write(record, details, planned, compute_checksum and self._integrity)
         self._count(saves=1, save_seconds=time.perf_counter() - started, bytes_written=record.size)
         if HookEvent.AFTER_CHECKPOINT_SAVE in listening:
-            outcome = {**details, "size": record.size, "best": taken}
+            outcome = {**payload(record), "size": record.size, "best": sorted(taken)}
             self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)
         if self._policy is not None or (self._max_checkpoints is not None and count > self._max_checkpoints):
             self._retain(record.experiment_id)
@@ -375,6 +375,13 @@ class EnhancedCheckpointManager(CheckpointRemoval):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _integer(value: Any, name: str) -> int:
+    number = operator.index(value)
+    if not -(2**63) <= number < 2**63:
+        raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
+    return number
 
 
 def _failed_check(error: IntegrityError) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from model_checkpoint.arrays import HostArray
 from model_checkpoint.checkpoint.compression import SUFFIX, decompress
 from model_checkpoint.checkpoint.state import Decoder
 from model_checkpoint.checkpoint.storage import storage_backend
-from model_checkpoint.errors import FormatError, IntegrityError, MissingDependencyError
+from model_checkpoint.errors import (
+    ConfigurationError,
+    FormatError,
+    IntegrityError,
+    MissingDependencyError,
+    UnknownBackendError,
+)
 from model_checkpoint.integrity.hashing import map_file, read_file
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 
@@ -48,6 +54,8 @@ class CheckpointReader:
         Raises:
             IntegrityError: a file is missing, changed or cannot be decoded; the text names it.
             MissingDependencyError: the backend or the compression needs a package.
+            UnknownBackendError: the backend is not registered here.
+            ConfigurationError: the device cannot be used.
         """
         entry = next((f for f in self._manifest.files if _plain_name(f) == STATE_FILE), None)
         if entry is None:
@@ -56,11 +64,9 @@ class CheckpointReader:
             tree = json.loads(bytes(self._content(entry)))
             decoder = Decoder(self._fetch, device)
             return {name: decoder.node(tree[name]) for name in components if name in tree}
-        except MissingDependencyError:
-            raise
-        except (FormatError, ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, IntegrityError):
-                raise
+        except (IntegrityError, MissingDependencyError, UnknownBackendError, ConfigurationError):
+            raise  # about the files as a whole, or about this machine: not about what the files hold
+        except (FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(self._folder, f"a file cannot be decoded: {error}") from error
 
     def _fetch(self, component: str, key: str) -> HostArray:

@@ -145,11 +145,13 @@ def _roll_forward(
     for checkpoint_id in report.rolled_forward:
         folder = directory.folder(published[checkpoint_id], checkpoint_id)
         check = verify_folder(folder)
-        if check["verified"]:
-            whole.append(read_manifest(folder))
+        found = read_manifest(folder) if check["verified"] else None
+        if found is not None and found[0].experiment["id"] == published[checkpoint_id]:
+            whole.append(found)
         else:
             report.left_alone.append(checkpoint_id)
-            log.error("checkpoint %s has no row and is not whole, left as it is: %s", checkpoint_id, check["error"])
+            why = check["error"] or "its manifest names another experiment than its folder"
+            log.error("checkpoint %s has no row and is not whole, left as it is: %s", checkpoint_id, why)
     for manifest, digest in sorted(whole, key=lambda pair: pair[0].intent):  # in the order in which they were saved
         db.experiments.create(experiment_of(manifest))
         record = record_of(manifest, digest)

@@ -23,6 +23,7 @@ _ADVICE = (
     "pass arrays, numbers, strings, bytes, lists, tuples, dicts, or an object with state_dict(); "
     "nothing is pickled, so convert it to one of these first"
 )
+MAX_DEPTH = 100  # containers within containers; decoding takes up to five frames a level of Python's 1,000
 _ATOMS = (str, bool, type(None))
 
 
@@ -57,10 +58,7 @@ def encode(components: Mapping[str, object]) -> EncodedState:
     encoder = _Encoder()
     for name, value in components.items():
         encoder.component = encoder.arrays.setdefault(name, {})
-        try:
-            encoder.tree[name] = encoder.node(value, (name,))
-        except RecursionError:
-            raise UnsupportedValueError(name, value, "it is nested too deeply") from None
+        encoder.tree[name] = encoder.node(value, (name,))
     placed = sorted(encoder.placed, key=_address)
     end = 0
     for layout, span, _ in placed:
@@ -118,8 +116,9 @@ class _Encoder:
         return self._rare(value, kind, path)
 
     def _array(self, value: object, array: HostArray, path: tuple[object, ...]) -> dict[str, Any]:
-        if array.identity is not None and array.identity in self._tied:
-            return self._tied[array.identity]
+        tie = (array.kind, array.identity)
+        if array.identity is not None and tie in self._tied:
+            return self._tied[tie]
         key = ".".join(map(str, path[1:])) or str(path[0])
         key = key.encode("utf-8", "backslashreplace").decode()
         base, copies = key, 1
@@ -136,13 +135,15 @@ class _Encoder:
             "shape": list(array.shape),
         }
         if array.identity is not None:
-            self._tied[array.identity] = reference
+            self._tied[tie] = reference
             if isinstance(array.identity, Layout):
                 reach = sum([(n - 1) * s for n, s in zip(array.shape, array.identity.strides)]) + 1
                 self.placed.append((array.identity, reach * DTYPES[array.dtype].bits // 8, reference))
         return reference
 
     def _container(self, value: Any, kind: type, path: tuple[object, ...]) -> Any:
+        if len(path) > MAX_DEPTH:
+            raise UnsupportedValueError(path_text(path[:4]), value, f"it is nested more than {MAX_DEPTH} levels deep")
         if id(value) in self._open:
             raise UnsupportedValueError(path_text(path), value, "it contains itself; break the cycle first")
         self._open.add(id(value))
@@ -168,7 +169,9 @@ class _Encoder:
         return made
 
     def _rare(self, value: Any, kind: type, path: tuple[object, ...]) -> Any:
-        if callable(getattr(value, "state_dict", None)):
+        if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
+            if len(path) > MAX_DEPTH:
+                raise UnsupportedValueError(path_text(path[:4]), value, "its state_dict() never ends")
             state = value.state_dict()
             self.kept.append(state)
             return self.node(state, path)
@@ -257,6 +260,10 @@ class Decoder:
     def _pairs(self, pairs: list[list[Any]]) -> list[tuple[Any, Any]]:
         return [(self.node(key), self.node(value)) for key, value in pairs]
 
+    def frozen(self, items: list[Any]) -> Any:
+        """Return a frozenset of ``items``."""
+        return frozenset(items)
+
     def ordered(self, pairs: list[list[Any]], tree: dict[str, Any]) -> OrderedDict[Any, Any]:
         """Return an ``OrderedDict``, with torch's ``_metadata`` on it where it was saved."""
         made = OrderedDict(self._pairs(pairs))
@@ -282,7 +289,7 @@ def _torch_value(text: str, kind: str) -> object:
 _TAGS: dict[str, Callable[[Decoder, Any, dict[str, Any]], Any]] = {
     "$tuple": lambda d, items, _: tuple(d.node(items)),
     "$set": lambda d, items, _: set(d.node(items)),
-    "$frozenset": lambda d, items, _: frozenset(d.node(items)),
+    "$frozenset": lambda d, items, _: d.frozen(d.node(items)),
     "$dict": lambda d, pairs, _: dict(d._pairs(pairs)),
     "$ordered": lambda d, pairs, tree: d.ordered(pairs, tree),
     "$float": lambda d, text, _: float(text),

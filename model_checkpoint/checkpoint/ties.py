@@ -15,8 +15,8 @@ Placed = tuple[
 def merge_overlaps(arrays: dict[str, dict[str, HostArray]], placed: list[Placed]) -> None:
     """Replace arrays whose memory overlaps by the memory that they cover, and their tree nodes by views of it.
 
-    Only overlapping arrays of one dtype in host memory are merged; parts of one allocation that lie side by side stay
-    arrays of their own.
+    Only overlapping arrays of one library and dtype in host memory are merged; parts of one allocation that lie side
+    by side stay arrays of their own.
 
     Args:
         arrays: component -> key -> array; changed in place. The caller's own memory is borrowed and must stay alive.
@@ -52,4 +52,8 @@ def _overlapping(placed: list[Placed]) -> list[list[Placed]]:
 def _one_grid(group: list[Placed]) -> bool:
     first = group[0][0]
     size = DTYPES[first.dtype].bits // 8
-    return all(layout.dtype == first.dtype and (layout.address - first.address) % size == 0 for layout, _, _ in group)
+    kind = group[0][2]["kind"]
+    return all(
+        layout.dtype == first.dtype and node["kind"] == kind and (layout.address - first.address) % size == 0
+        for layout, _, node in group
+    )

@@ -94,7 +94,7 @@ class CheckpointTable:
             taken = decide(record, holders)
             for criterion, score in taken.items():
                 _hold(connection, record.experiment_id, criterion, record.id, score)
-            _bump(connection, store_id)
+            _bump(connection, None if taken else store_id)  # the flags may have left another directory's checkpoint
             (count,) = connection.execute(
                 "SELECT COUNT(*) FROM checkpoints "
                 f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}",
@@ -224,6 +224,7 @@ class CheckpointTable:
             )
             for criterion, (checkpoint_id, value) in best.items():
                 _hold(connection, experiment_id, criterion, checkpoint_id, value)
+            _bump(connection, None)
 
     def generation(self, store_id: str) -> int:
         """Return the number of the store's last retention pass that removed something; 0 before the first."""
@@ -382,8 +383,9 @@ def _hold(connection: Executes, experiment_id: str, criterion: str, checkpoint_i
     )
 
 
-def _bump(connection: Executes, store_id: str) -> None:
-    connection.execute("UPDATE stores SET revision = revision + 1 WHERE id = :id", {"id": store_id})
+def _bump(connection: Executes, store_id: str | None) -> None:
+    """Change the revision of one store, or of all."""
+    connection.execute("UPDATE stores SET revision = revision + 1 WHERE id = COALESCE(:id, id)", {"id": store_id})
 
 
 def _bump_of(connection: Executes, checkpoint_id: str) -> None:

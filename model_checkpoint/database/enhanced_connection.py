@@ -49,8 +49,12 @@ class EnhancedDatabaseConnection:
         self._transactions = 0
         self._new_pool()
         watch(self)
-        with self.transaction() as connection:
-            migrate(connection, self._dialect.path)
+        try:
+            with self.transaction() as connection:
+                migrate(connection, self._dialect.path)
+        except BaseException:
+            self.close()
+            raise
         self.experiments = ExperimentTable(self)
         self.checkpoints = CheckpointTable(self)
 
@@ -71,7 +75,7 @@ class EnhancedDatabaseConnection:
     def transaction(self, durable: bool = False) -> Iterator[SQLiteConnection]:
         """Run a block in a write transaction: committed when it ends, rolled back when it raises.
 
-        Inside another transaction of the same thread it joins that one.
+        Inside another transaction of the same thread it joins that one, which must be durable if this one is.
 
         Args:
             durable: whether the commit must survive power loss before this returns (a file sync). Without it the
@@ -82,6 +86,8 @@ class EnhancedDatabaseConnection:
         """
         current: SQLiteConnection | None = getattr(self._local, "connection", None)
         if current is not None:
+            if durable and not self._local.durable:
+                raise DatabaseError("a durable transaction inside one that is not: make the outer one durable")
             yield current
             return
         connection = self._pool.get() or self._connect()
@@ -91,7 +97,7 @@ class EnhancedDatabaseConnection:
             sync, begin = self._dialect.begin[durable]
             connection.execute(sync)
             connection.execute(begin)
-            self._local.connection = connection
+            self._local.connection, self._local.durable = connection, durable
             yield connection
             connection.execute("COMMIT")
         except self._dialect.driver_errors as error:
@@ -162,6 +168,8 @@ class EnhancedDatabaseConnection:
 
 
 def _dialect(url: str, busy_timeout: float) -> SQLiteDialect:
+    if not isinstance(url, str) or "\0" in url:
+        raise ConfigurationError(f"database_url must be text such as 'sqlite:///experiments.db', not {url!r}")
     scheme, separator, rest = url.partition("://")
     if separator and scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
         return SQLiteDialect(rest[1:], busy_timeout)

@@ -121,7 +121,7 @@ class ExperimentTable:
                 "INSERT INTO metric_points (series_id, position, step, value, special, timestamp) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
                 [
-                    (series[name], position, step, *((v, None) if v - v == 0 else (None, repr(v))), at)
+                    (series[name], position, step, *_columns(v), at)
                     for position, (name, v, step, at) in enumerate(points, total - len(points))
                 ],
             )
@@ -148,3 +148,10 @@ class ExperimentTable:
             {"id": experiment_id, "name": name},
         )
         return [(n, float(special) if value is None else value, step, at) for n, value, special, step, at in rows]
+
+
+def _columns(value: float) -> tuple[float | None, str | None]:
+    """Return what stands in ``value`` and ``special``: no database keeps NaN, the infinities and -0.0 all by itself."""
+    if value - value == 0 and (value or repr(value) == "0.0"):
+        return value, None
+    return None, repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from model_checkpoint.errors import ConfigurationError, DatabaseError
 # only while holding it exclusively. Source: release notes of SQLite 3.51.3, "WAL-reset bug".
 _WAL_RESET_BUG = sqlite3.sqlite_version_info < (3, 51, 3)
 _WAL_LIMIT = 4 << 20  # bytes of log after which a checkpoint is tried; SQLite's own default is 1,000 pages of 4 KiB
+
+
+log = logging.getLogger(__name__)
 
 
 class SQLiteConnection(sqlite3.Connection):
@@ -69,6 +73,7 @@ class SQLiteDialect:
                 factory=SQLiteConnection,
                 cached_statements=256,
             )
+            connection.execute("PRAGMA schema_version")  # reads the file: an error here leaves nothing behind
             connection.execute("PRAGMA mmap_size=0")  # an I/O error in a mapping is SIGBUS, not an exception
             connection.execute("PRAGMA foreign_keys=ON")
             if not self.shared_memory:
@@ -108,6 +113,8 @@ class SQLiteDialect:
             return  # no log, or somebody writes: the next transaction tries again
         try:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # never waits for readers
+        except sqlite3.Error as error:
+            log.warning("the log of %s could not be moved into it, it stays as it is: %s", self.path, error)
         finally:
             fcntl.flock(connection.guard, fcntl.LOCK_UN)
 

@@ -84,7 +84,7 @@ class HookResult:
     results: dict[str, Any] = field(default_factory=dict)
     stopped_by: str | None = None
     reason: str | None = None
-    errors: dict[str, Exception] = field(default_factory=dict)
+    errors: dict[str, BaseException] = field(default_factory=dict)
 
     def get_result(self, name: str) -> Any:
         """Return what the hook ``name`` returned, or None."""

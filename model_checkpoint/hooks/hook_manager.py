@@ -15,7 +15,8 @@ from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, H
 
 log = logging.getLogger(__name__)
 Handler = Callable[[HookContext], Any]
-ErrorHandler = Callable[[Exception, HookContext], Any]
+ErrorHandler = Callable[[BaseException, HookContext], Any]
+_NOT_YET = {"timeout", "async_execution"}  # of the first design; as metadata they would be ignored without a word
 
 
 @dataclass
@@ -69,17 +70,27 @@ class HookManager:
         """
         if isinstance(name, BaseHook):
             hook = name
+            if not hasattr(hook, "name"):
+                raise HookRegistrationError(f"hook {type(hook).__name__}: its __init__ must call super().__init__()")
             if handler is not None or events is not None:
                 raise HookRegistrationError(f"hook {hook.name!r}: a hook object brings its own handler and events")
             name, handler, events, priority = hook.name, hook.execute, hook.events, hook.priority
-        known = _check_events(name, events)
-        _check_handler(name, handler)
+        if not isinstance(name, str):
+            raise HookRegistrationError(f"hook {name!r}: name must be text or an instance of BaseHook")
+        unknown = sorted(metadata.keys() & _NOT_YET)
+        if unknown:
+            raise HookRegistrationError(f"hook {name!r}: {unknown[0]} is not supported; handlers run in the caller")
+        if error_handler is not None and not callable(error_handler):
+            raise HookRegistrationError(f"hook {name!r}: error_handler must be callable, not {error_handler!r}")
         if not isinstance(priority, int):
             raise HookRegistrationError(f"hook {name!r}: priority must be an integer, not {priority!r}")
+        made = _Hook(
+            name, _check_handler(name, handler), _check_events(name, events), int(priority), error_handler, metadata
+        )
         with self._lock:
             if name in self._hooks:
                 raise HookRegistrationError(f"hook {name!r}: the name is taken; unregister that hook or choose another")
-            self._hooks[name] = _Hook(name, handler, known, int(priority), error_handler, metadata)  # type: ignore[arg-type]
+            self._hooks[name] = made
             self._order()
 
     def unregister_hook(self, name: str) -> bool:
@@ -180,7 +191,9 @@ def _run(hook: _Hook, context: HookContext, result: HookResult) -> bool:
     hook.calls += 1
     try:
         returned = hook.handler(context)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise  # the user's, not the hook's
+    except BaseException as error:
         hook.failures += 1
         result.success = False
         result.errors[hook.name] = error
@@ -200,7 +213,7 @@ def _run(hook: _Hook, context: HookContext, result: HookResult) -> bool:
     return True
 
 
-def _tell(hook: _Hook, error: Exception, context: HookContext) -> None:
+def _tell(hook: _Hook, error: BaseException, context: HookContext) -> None:
     if hook.error_handler is None:
         return
     try:
@@ -221,10 +234,10 @@ def _stats(hook: _Hook) -> dict[str, Any]:
 
 
 def _check_events(name: str, events: Iterable[HookEvent | str] | None) -> tuple[HookEvent, ...]:
-    if events is None or isinstance(events, (HookEvent, str)):
+    if not isinstance(events, Iterable) or isinstance(events, str):
         raise HookRegistrationError(f"hook {name!r}: events must be a list of HookEvent, not {events!r}")
     try:
-        known = tuple(HookEvent(event) for event in events)
+        known = tuple(dict.fromkeys(HookEvent(event) for event in events))
     except ValueError as error:
         names = ", ".join(e.name for e in HookEvent)
         raise HookRegistrationError(f"hook {name!r}: events has an unknown one ({error}); known: {names}") from None
@@ -233,14 +246,15 @@ def _check_events(name: str, events: Iterable[HookEvent | str] | None) -> tuple[
     return known
 
 
-def _check_handler(name: str, handler: Handler | None) -> None:
-    if not callable(handler):
-        raise HookRegistrationError(f"hook {name!r}: handler must be callable, not {handler!r}")
-    if inspect.iscoroutinefunction(handler):
+def _check_handler(name: str, handler: Handler | None) -> Handler:
+    if not callable(handler) or isinstance(handler, type):
+        raise HookRegistrationError(f"hook {name!r}: handler must be a function or callable object, not {handler!r}")
+    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
         raise HookRegistrationError(f"hook {name!r}: handler must be a plain function, not async")
     try:
         inspect.signature(handler).bind(None)
     except TypeError as error:
         raise HookRegistrationError(f"hook {name!r}: handler must take one argument, the context ({error})") from None
     except ValueError:
-        return  # a builtin without a signature: nothing to check
+        pass  # a builtin without a signature: nothing to check
+    return handler

@@ -102,12 +102,86 @@ def parse_manifest(data: bytes, path: str) -> tuple[Manifest, str]:
         raise FormatVersionError(path, version, FORMAT_VERSION)
     if digest != found or sealed != data:
         raise IntegrityError(path, "the manifest was changed after it was saved", digest, found)
-    try:
-        files = tuple(FileEntry(**entry) for entry in content.pop("files"))
-        manifest = Manifest(**content, files=files)
-    except TypeError as error:
-        raise IntegrityError(path, f"the manifest lacks or adds a field ({error})") from error
-    for file in files:
-        if not _NAME.fullmatch(file.name) or file.name == FILE_NAME:
-            raise IntegrityError(path, f"the manifest names a file {file.name!r}, which no checkpoint has")
-    return manifest, digest
+    problem = _problem(content)
+    if problem is not None:
+        raise IntegrityError(path, f"the manifest is not of the form that this package writes ({problem})")
+    files = tuple(FileEntry(**entry) for entry in content.pop("files"))
+    return Manifest(**content, files=files), digest
+
+
+_INT, _STR, _BOOL = (int,), (str,), (bool,)
+_NUMBER = (int, float)
+_SCORE = (int, float, str, type(None))
+_OPTIONAL_STR, _OPTIONAL_INT = (str, type(None)), (int, type(None))
+_ANY = (object,)
+_MANIFEST: dict[str, tuple[type, ...]] = {
+    "checkpoint_id": _STR,
+    "created_at": _NUMBER,
+    "backend": _STR,
+    "intent": _INT,
+    "experiment": (dict,),
+    "values": (dict,),
+    "files": (list,),
+}
+_EXPERIMENT: dict[str, tuple[type, ...]] = {
+    "id": _STR,
+    "name": _STR,
+    "project": _OPTIONAL_STR,
+    "parent_id": _OPTIONAL_STR,
+    "created_at": _NUMBER,
+    "config": (dict,),
+    "metadata": (dict,),
+    "tags": (list,),
+}
+_VALUES: dict[str, tuple[type, ...]] = {
+    "checkpoint_type": _STR,
+    "epoch": _INT,
+    "step": _INT,
+    "update_best": _BOOL,
+    "loss": _SCORE,
+    "val_loss": _SCORE,
+    "metrics": (dict,),
+    "config": _ANY,
+    "notes": _OPTIONAL_STR,
+    "model_name": _OPTIONAL_STR,
+}
+_FILE: dict[str, tuple[type, ...]] = {
+    "name": _STR,
+    "component": _OPTIONAL_STR,
+    "size": _INT,
+    "sha256": _OPTIONAL_STR,
+    "compression": _OPTIONAL_STR,
+    "raw_size": _OPTIONAL_INT,
+}
+
+
+def _problem(content: dict[str, Any]) -> str | None:
+    """Return what is wrong with a manifest whose seal is right, or None: a seal can be made by anyone."""
+    wrong = _mismatch(content, _MANIFEST) or _mismatch(content["experiment"], _EXPERIMENT)
+    wrong = wrong or _mismatch(content["values"], _VALUES)
+    if wrong:
+        return wrong
+    scores = [content["values"]["loss"], content["values"]["val_loss"], *content["values"]["metrics"].values()]
+    if any(not isinstance(s, _SCORE) or (isinstance(s, str) and s not in ("nan", "inf", "-inf")) for s in scores):
+        return "a score is no number"
+    for file in content["files"]:
+        wrong = _mismatch(file, _FILE) if isinstance(file, dict) else "a file is no object"
+        if wrong:
+            return wrong
+        if not _NAME.fullmatch(file["name"]) or file["name"] == FILE_NAME:
+            return f"no checkpoint has a file {file['name']!r}"
+        if file["size"] < 0 or (file["raw_size"] or 0) < 0:
+            return f"file {file['name']!r} has a negative size"
+    if len({file["name"] for file in content["files"]}) != len(content["files"]):
+        return "a file stands twice"
+    return None
+
+
+def _mismatch(found: dict[str, Any], expected: dict[str, tuple[type, ...]]) -> str | None:
+    if found.keys() != expected.keys():
+        return f"fields {sorted(found.keys() ^ expected.keys())}"
+    for name, types in expected.items():
+        flag_for_number = isinstance(found[name], bool) and types not in (_BOOL, _ANY)  # bool is a kind of int
+        if flag_for_number or not isinstance(found[name], types):
+            return f"{name} is a {type(found[name]).__name__}"
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 import uuid
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, DatabaseError, ExperimentNotFoundError
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.report import FORMATS, render
-from model_checkpoint.utils.jsonable import text, to_jsonable, to_number
+from model_checkpoint.utils.jsonable import text, to_jsonable, to_number, to_step
 
 STATUSES = ("running", "completed", "failed", "interrupted")
 
@@ -100,6 +99,7 @@ class ExperimentTracker:
         self.database = database
         self.version = 0  # grows when config or tags change, so that a manager knows
         self._ended = False
+        self._names: set[str] = set()  # metric names that were found good
         self._writer: BatchedWriter[Point] = BatchedWriter(partial(database.experiments.append_points, experiment.id))
         self.unflushed = self._writer.pending
 
@@ -112,7 +112,7 @@ class ExperimentTracker:
             step: an integer, or None.
 
         Raises:
-            UnsupportedValueError: ``value`` is no single number.
+            UnsupportedValueError: ``value`` is no single number, ``name`` no text, or ``step`` no 64-bit integer.
         """
         self.log_metrics({name: value}, step)
 
@@ -123,15 +123,13 @@ class ExperimentTracker:
                 f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
             )
         at = time.time()
-        where = None if step is None else operator.index(step)
+        where = None if step is None else to_step(step)
+        for name in metrics:
+            if name not in self._names:
+                self._names.add(text(name, "metric name"))
         self._writer.extend(
             [
-                (
-                    name if type(name) is str else text(name, "metric name"),
-                    value if type(value) is float else to_number(value, f"metrics.{name}"),
-                    where,
-                    at,
-                )
+                (name, value if type(value) is float else to_number(value, f"metrics.{name}"), where, at)
                 for name, value in metrics.items()
             ]
         )

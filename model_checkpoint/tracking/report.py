@@ -111,22 +111,21 @@ def _checkpoint_table(checkpoints: Checkpoints) -> str:
 
 
 def _chart(name: str, points: Metrics) -> str:
-    stride = -(-len(points) // _MAX_POINTS) or 1
-    shown = [
-        (float(p["step"] if p["step"] is not None else i), p["metric_value"])
-        for i, p in enumerate(points)
-        if i % stride == 0 or i == len(points) - 1
-    ]
-    finite = [(x, y) for x, y in shown if y - y == 0]
+    values = [(float(p["step"] if p["step"] is not None else i), p["metric_value"]) for i, p in enumerate(points)]
+    finite = [(x, y) for x, y in values if y - y == 0]
+    stride = -(-len(finite) // _MAX_POINTS) or 1
+    finite = [pair for i, pair in enumerate(finite) if i % stride == 0 or i == len(finite) - 1]
     last = _number(points[-1]["metric_value"])
     caption = f"<figcaption>{html.escape(name)}: {last} after {len(points):,} points</figcaption>"
     if not finite:
         return f"<figure>{caption}<p>No finite value.</p></figure>"
     (low_x, high_x), (low_y, high_y) = [(min(values), max(values)) for values in zip(*finite)]
-    wide, high = (high_x - low_x) or 1.0, (high_y - low_y) or 1.0
+    wide, high = (high_x - low_x) or 1.0, (high_y / 2 - low_y / 2) or 1.0  # halves: the difference may overflow
     line = " ".join(
-        f"{(x - low_x) / wide * _WIDTH:.1f},{_HEIGHT - (y - low_y) / high * _HEIGHT:.1f}" for x, y in finite
+        f"{(x - low_x) / wide * _WIDTH:.1f},{_HEIGHT - (y / 2 - low_y / 2) / high * _HEIGHT:.1f}" for x, y in finite
     )
+    if len(finite) == 1:
+        line = f"0,{_HEIGHT} {_WIDTH},{_HEIGHT}"
     return (
         f'<figure>{caption}<svg viewBox="-4 -16 {_WIDTH + 8} {_HEIGHT + 40}" role="img" '
         f'aria-label="{html.escape(name)}">'

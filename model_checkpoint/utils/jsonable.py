@@ -6,11 +6,13 @@ Stored as strict JSON; NaN and the infinities as ``{"$float": "nan"}``, a key th
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model_checkpoint.errors import UnsupportedValueError
 
+_MAX_BITS = 14_000  # Python reads integers of up to 4,300 digits from text
 _ADVICE = "use a string, number, boolean, None, list or dict with string keys, or convert it with str()"
 
 
@@ -36,6 +38,8 @@ def _plain(value: Any, path: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (int, float)):
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise UnsupportedValueError(path, value, "an integer of that many digits is no JSON number; use a string")
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, Mapping):
         for key in value:
@@ -60,7 +64,22 @@ def text(value: Any, path: str) -> str:
         raise UnsupportedValueError(path, value, "it must be text; convert it with str()")
     if "\0" in value or (not value.isascii() and value.encode("utf-8", "ignore").decode() != value):
         raise UnsupportedValueError(path, value, "it holds NUL or half a surrogate pair, which no database stores")
-    return str(value)
+    return str.__str__(value)  # the text itself, also of an Enum that is a str
+
+
+def to_step(value: Any) -> int:
+    """Return a step as an int that every database can store.
+
+    Raises:
+        UnsupportedValueError: it is no integer, or does not fit into 64 bits.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UnsupportedValueError("step", value, "it must be an integer") from None
+    if not -(2**63) <= number < 2**63:
+        raise UnsupportedValueError("step", value, "it does not fit into 64 bits")
+    return number
 
 
 def scalar(value: Any) -> Any:

@@ -52,13 +52,18 @@ def storage_backend(name: str) -> StorageBackend:
         target = found[name]
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
-        target = getattr(import_module(module), attribute)
+        try:
+            target = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(f"storage backend {name!r}: cannot load {target}: {error}") from error
     return _check(name, target)()
 
 
 def _check(name: str, backend: object) -> type[StorageBackend]:
     if not (isinstance(backend, type) and issubclass(backend, StorageBackend)):
         raise ConfigurationError(f"storage backend {name!r}: {backend!r} must be a subclass of StorageBackend")
+    if getattr(backend, "name", None) != name:  # manifests carry the class's name, and are loaded by it
+        raise ConfigurationError(f"storage backend {name!r}: {backend.__name__}.name must be {name!r}")
     missing = sorted(getattr(backend, "__abstractmethods__", ()))
     if missing:
         raise ConfigurationError(f"storage backend {name!r}: {backend.__name__} lacks {', '.join(missing)}")

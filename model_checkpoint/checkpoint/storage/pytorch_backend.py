@@ -7,7 +7,6 @@ the same tensors by component and key; torch stores shared memory once, so that 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ class PyTorchBackend(StorageBackend):
 
     def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
         torch = require("torch", "torch", "the pytorch storage backend")
-        decoder = Decoder(lambda component, key: state.arrays[component][key], kind="torch")
+        decoder = _TorchDecoder(lambda component, key: state.arrays[component][key], kind="torch")
         content: dict[str, Any] = {
             f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()
         }
@@ -42,18 +41,12 @@ class PyTorchBackend(StorageBackend):
         file = io.BufferedReader(_MemoryFile(files[FILE_NAME]), 1 << 20)  # 1 MiB
         try:
             content = torch.load(file, weights_only=True, map_location="cpu")
-            named = content["arrays"].items()
-        except (
-            RuntimeError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
-            raise FormatError(f"{FILE_NAME} is not a checkpoint that loads with weights_only=True: {error}") from error
-        return {component: {key: _host(tensor) for key, tensor in tensors.items()} for component, tensors in named}
+            return {
+                component: {key: _host(tensor) for key, tensor in tensors.items()}
+                for component, tensors in content["arrays"].items()
+            }
+        except Exception as error:
+            raise FormatError(f"{FILE_NAME} does not load with weights_only=True: {error}") from error
 
 
 def _host(tensor: object) -> HostArray:
@@ -62,6 +55,13 @@ def _host(tensor: object) -> HostArray:
     if array is None:
         raise FormatError(f"{FILE_NAME} holds a {type(tensor).__name__} where a tensor should be")
     return array
+
+
+class _TorchDecoder(Decoder):
+    """Builds what torch's own users read: nothing that ``weights_only=True`` refuses."""
+
+    def frozen(self, items: list[Any]) -> Any:
+        return tuple(items)  # torch refuses frozensets; ours come back from state.json
 
 
 class _Stream:

@@ -759,10 +759,15 @@ def test_the_context_manager_ends_as_completed_with_every_point_stored(url: str)
 def test_the_context_manager_notes_how_it_ended_and_lets_the_exception_through(
     url: str, raised: type[BaseException], status: str
 ) -> None:
-    with pytest.raises(raised, match="stop"):
-        with ExperimentTracker("n", database_url=url) as run:
+    run = ExperimentTracker("n", database_url=url)
+
+    def train() -> None:
+        with run:
             run.log_metric("m", 1.0)
             raise raised("stop")
+
+    with pytest.raises(raised, match="stop"):
+        train()
     assert status_of(url, run.experiment_id) == status
     assert stored(url, run.experiment_id) == [("m", 1.0, None)]
 

@@ -12,12 +12,33 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManager
+    from model_checkpoint.checkpoint.retention import (
+        KeepBest,
+        KeepEvery,
+        KeepLast,
+        KeepTypes,
+        KeepWithinBytes,
+        KeepYoungerThan,
+    )
     from model_checkpoint.checkpoint.storage import register_storage_backend
     from model_checkpoint.tracking import ExperimentTracker
 
-__all__ = ["EnhancedCheckpointManager", "ExperimentTracker", "__version__", "register_storage_backend"]
+__all__ = [
+    "EnhancedCheckpointManager",
+    "ExperimentTracker",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
+    "KeepTypes",
+    "KeepWithinBytes",
+    "KeepYoungerThan",
+    "__version__",
+    "register_storage_backend",
+]
 
+_POLICIES = ("KeepBest", "KeepEvery", "KeepLast", "KeepTypes", "KeepWithinBytes", "KeepYoungerThan")
 _HOME = {
+    **dict.fromkeys(_POLICIES, "model_checkpoint.checkpoint.retention"),
     "EnhancedCheckpointManager": "model_checkpoint.checkpoint.enhanced_manager",
     "ExperimentTracker": "model_checkpoint.tracking",
     "register_storage_backend": "model_checkpoint.checkpoint.storage",

@@ -27,10 +27,21 @@ NAMED_TYPES = ("latest", "best_loss", "best_val_loss", "best_metric", "best:<met
 class Tracker(Protocol):
     """What a manager asks of an ``ExperimentTracker``."""
 
-    experiment_id: str
-    database: EnhancedDatabaseConnection
-    unflushed: Collection[Any]
-    version: int
+    @property
+    def experiment_id(self) -> str:
+        """UUID text."""
+
+    @property
+    def database(self) -> EnhancedDatabaseConnection:
+        """Where it tracks to."""
+
+    @property
+    def unflushed(self) -> Collection[Any]:
+        """What is buffered."""
+
+    @property
+    def version(self) -> int:
+        """Grows when config or tags change."""
 
     def flush(self) -> None:
         """Store what is buffered."""

@@ -205,12 +205,12 @@ class CheckpointDirectory:
 
     def trash(self, experiment_id: str, checkpoint_id: str) -> None:
         """Move a published checkpoint to the trash; one that is not there is there no longer, which is as good."""
-        self._move(self.folder(experiment_id, checkpoint_id), os.path.join(self._trash, checkpoint_id))
+        self._move(self.folder(experiment_id, checkpoint_id), self.trash_folder(checkpoint_id))
 
     def restore(self, experiment_id: str, checkpoint_id: str) -> None:
         """Move a checkpoint from the trash to where it was."""
         os.makedirs(os.path.join(self.path, experiment_id), exist_ok=True)
-        self._move(os.path.join(self._trash, checkpoint_id), self.folder(experiment_id, checkpoint_id))
+        self._move(self.trash_folder(checkpoint_id), self.folder(experiment_id, checkpoint_id))
 
     def _move(self, source: str, target: str) -> None:
         try:
@@ -222,13 +222,17 @@ class CheckpointDirectory:
         _sync_folder(os.path.dirname(target))
         _sync_folder(os.path.dirname(source))
 
+    def trash_folder(self, checkpoint_id: str) -> str:
+        """Return the path of a removed checkpoint."""
+        return os.path.join(self._trash, checkpoint_id)
+
     def in_trash(self) -> list[str]:
         """Return the ids of what is in the trash."""
         return [name for name in os.listdir(self._trash) if _is_id(name)]
 
     def unlink_trashed(self, checkpoint_id: str) -> None:
         """Remove a checkpoint in the trash for good."""
-        shutil.rmtree(os.path.join(self._trash, checkpoint_id), ignore_errors=True)
+        shutil.rmtree(self.trash_folder(checkpoint_id), ignore_errors=True)
 
 
 def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool) -> FileEntry:

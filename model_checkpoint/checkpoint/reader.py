@@ -62,6 +62,8 @@ class CheckpointReader:
             raise IntegrityError(self._folder, f"the manifest names no {STATE_FILE}")
         try:
             tree = json.loads(bytes(self._content(entry)))
+            if not isinstance(tree, dict):
+                raise FormatError(f"{STATE_FILE} is no JSON object")
             decoder = Decoder(self._fetch, device)
             return {name: decoder.node(tree[name]) for name in components if name in tree}
         except (IntegrityError, MissingDependencyError, UnknownBackendError, ConfigurationError):

@@ -16,7 +16,7 @@ from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.checkpoints import decode_details
 from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
-from model_checkpoint.errors import LockTimeoutError
+from model_checkpoint.errors import FormatVersionError, IntegrityError, LockTimeoutError
 from model_checkpoint.integrity.manifest import Manifest
 from model_checkpoint.integrity.verification import read_manifest, verify_folder
 from model_checkpoint.utils.jsonable import unescape
@@ -34,6 +34,7 @@ class RecoveryReport:
         failed: intents of saves that left nothing behind.
         corrupt: committed, but files are missing or of another length; the row says so, nothing was removed.
         buried: deleted on purpose, found where they were; moved to the trash.
+        readmitted: in the trash, but unknown to the database; listed there again, to be undeleted or emptied.
         purged: past undoing, found in the trash; removed.
         left_alone: not recognised or not whole; still where they are.
     """
@@ -43,6 +44,7 @@ class RecoveryReport:
     failed: list[str] = field(default_factory=list)
     corrupt: list[str] = field(default_factory=list)
     buried: list[str] = field(default_factory=list)
+    readmitted: list[str] = field(default_factory=list)
     purged: list[str] = field(default_factory=list)
     left_alone: list[str] = field(default_factory=list)
 
@@ -74,7 +76,7 @@ def decide(
         corrupt=[i for i, status in statuses.items() if status == "committed" and i not in published],
         buried=[i for i in published if i in buried],
         purged=[i for i in in_trash if i in buried and i not in statuses],
-        left_alone=[i for i in in_trash if i not in buried],
+        readmitted=[i for i in in_trash if i not in buried and i not in statuses],
     )
 
 
@@ -111,6 +113,7 @@ def _recover(
             "checkpoint %s is corrupt: files are missing or of another length; nothing was removed", checkpoint_id
         )
     _roll_forward(directory, db, best_metrics, published, report)
+    _readmit(directory, db, report)
     if report:
         log.info("recovered %s: %s", directory.path, {name: len(ids) for name, ids in vars(report).items() if ids})
     return report
@@ -160,6 +163,22 @@ def _roll_forward(
             record, directory.store_id, files, lambda record, held: flags_taken(record, held, best_metrics)
         )
     report.rolled_forward = [manifest.checkpoint_id for manifest, _ in whole]
+
+
+def _readmit(directory: CheckpointDirectory, db: EnhancedDatabaseConnection, report: RecoveryReport) -> None:
+    for checkpoint_id in list(report.readmitted):
+        try:
+            manifest, digest = read_manifest(directory.trash_folder(checkpoint_id))
+        except (IntegrityError, FormatVersionError) as error:
+            report.readmitted.remove(checkpoint_id)
+            report.left_alone.append(checkpoint_id)
+            log.error("what lies in the trash as %s is not recognised, left as it is: %s", checkpoint_id, error)
+            continue
+        files = [(f.name, f.size, f.sha256) for f in manifest.files]
+        with db.transaction(durable=True):
+            db.experiments.create(experiment_of(manifest))
+            db.checkpoints.commit(record_of(manifest, digest), directory.store_id, files, lambda *_: {})
+            db.checkpoints.trash(directory.store_id, {checkpoint_id: "found in the trash"}, 0, {})
 
 
 def experiment_of(manifest: Manifest) -> ExperimentRecord:

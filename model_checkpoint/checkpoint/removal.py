@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from model_checkpoint.checkpoint.best import elect
@@ -15,6 +15,7 @@ from model_checkpoint.checkpoint.retention import (
     plan_by_count,
     plan_by_policy,
 )
+from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, HookVetoError, LockTimeoutError
 from model_checkpoint.hooks import HookEvent
 
@@ -68,7 +69,7 @@ class CheckpointRemoval(CheckpointCatalog):
                 )
         except LockTimeoutError:
             return
-        self._after_removal(experiment_id, gone)
+        self._after_removal(gone)
 
     def _may_go(self, experiment_id: str, checkpoint_id: str) -> HookVetoError | None:
         """Ask the BEFORE hooks of a removal; return their veto or None."""
@@ -78,35 +79,39 @@ class CheckpointRemoval(CheckpointCatalog):
             return veto
         return None
 
-    def _after_removal(self, experiment_id: str, gone: Mapping[str, str]) -> None:
-        for checkpoint_id, reason in gone.items():
-            self._fire(HookEvent.AFTER_CHECKPOINT_DELETE, {"reason": reason}, checkpoint_id, experiment_id)
+    def _after_removal(self, gone: Iterable[tuple[CheckpointRecord, str]]) -> None:
+        for record, reason in gone:
+            told = {"reason": reason, "epoch": record.epoch, "step": record.step, "size": record.size}
+            self._fire(HookEvent.AFTER_CHECKPOINT_DELETE, told, record.id, record.experiment_id)
 
     def _remove(
         self, experiment_id: str, reread: Callable[[], Mapping[str, str]], only: Collection[str], new_pass: bool
-    ) -> dict[str, str]:
+    ) -> list[tuple[CheckpointRecord, str]]:
         """Move checkpoints to the trash, tombstones first; the caller holds the directory's lock alone.
 
         Args:
             experiment_id: whose.
             reread: returns id -> reason of what may go, called in the transaction, so that it sees the latest rows.
             only: of these, the ones that nobody vetoed.
-            new_pass: a retention pass, which first unlinks what passes before the last one removed.
+            new_pass: a retention pass, which also unlinks what passes before the last one removed.
+
+        Returns:
+            What went, with the reasons.
         """
         store, rows = self._directory.store_id, self._db.checkpoints
         with self._db.transaction(durable=True):
             generation = rows.generation(store)
             doomed = {key: reason for key, reason in reread().items() if key in only}
-            records = rows.records(store, experiment_id)
+            records = rows.of_experiment(experiment_id)  # in every directory: best flags are the experiment's
+            gone = [(record, doomed[record.id]) for record in records if record.id in doomed]
             stay = [record for record in records if record.id not in doomed]
-            lost = any(record.best for record in records if record.id in doomed)
-            best = {experiment_id: elect(stay, self._best_metrics)} if lost else {}
+            best = {experiment_id: elect(stay, self._best_metrics)} if any(r.best for r, _ in gone) else {}
             rows.trash(store, doomed, generation + new_pass, best)
         for checkpoint_id in doomed:
             self._directory.trash(experiment_id, checkpoint_id)
         if new_pass:
             self._purge(generation)
-        return doomed
+        return gone
 
     def _purge(self, before_generation: int | None = None) -> int:
         found = self._db.checkpoints.trashed(self._directory.store_id, before_generation)
@@ -139,7 +144,7 @@ class CheckpointRemoval(CheckpointCatalog):
         with self._directory.exclusive(_PATIENCE):
             reason = {checkpoint_id: "deleted by the user"}
             gone = self._remove(record.experiment_id, lambda: reason, reason, new_pass=False)
-        self._after_removal(record.experiment_id, gone)
+        self._after_removal(gone)
         return True
 
     def undelete(self, checkpoint_id: str) -> None:
@@ -159,7 +164,7 @@ class CheckpointRemoval(CheckpointCatalog):
             with self._db.transaction(durable=True):
                 rows.restore(store, checkpoint_id)
                 rows.set_pinned(checkpoint_id, True)
-                rows.replace_holders(experiment_id, elect(rows.records(store, experiment_id), self._best_metrics))
+                rows.replace_holders(experiment_id, elect(rows.of_experiment(experiment_id), self._best_metrics))
 
     def list_trash(self) -> list[dict[str, Any]]:
         """Return ``checkpoint_id``, ``experiment_id``, ``reason`` and ``size`` of what ``undelete`` can bring back."""

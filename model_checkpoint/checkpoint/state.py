@@ -170,9 +170,9 @@ class _Encoder:
 
     def _rare(self, value: Any, kind: type, path: tuple[object, ...]) -> Any:
         if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
-            if len(path) > MAX_DEPTH:
-                raise UnsupportedValueError(path_text(path[:4]), value, "its state_dict() never ends")
             state = value.state_dict()
+            if not isinstance(state, dict):
+                raise UnsupportedValueError(path_text(path), value, f"its state_dict() is a {type(state).__name__}")
             self.kept.append(state)
             return self.node(state, path)
         if kind is complex:
@@ -264,6 +264,10 @@ class Decoder:
         """Return a frozenset of ``items``."""
         return frozenset(items)
 
+    def large(self, number: int) -> Any:
+        """Return an integer of more than 64 bits."""
+        return number
+
     def ordered(self, pairs: list[list[Any]], tree: dict[str, Any]) -> OrderedDict[Any, Any]:
         """Return an ``OrderedDict``, with torch's ``_metadata`` on it where it was saved."""
         made = OrderedDict(self._pairs(pairs))
@@ -293,7 +297,7 @@ _TAGS: dict[str, Callable[[Decoder, Any, dict[str, Any]], Any]] = {
     "$dict": lambda d, pairs, _: dict(d._pairs(pairs)),
     "$ordered": lambda d, pairs, tree: d.ordered(pairs, tree),
     "$float": lambda d, text, _: float(text),
-    "$int": lambda d, text, _: int(text, 16),
+    "$int": lambda d, text, _: d.large(int(text, 16)),
     "$complex": lambda d, parts, _: complex(*d.node(parts)),
     "$torch": lambda d, text, tree: _torch_value(text, tree["type"]),
 }

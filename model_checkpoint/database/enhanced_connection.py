@@ -11,7 +11,7 @@ from typing import Any
 
 from model_checkpoint.database.checkpoints import CheckpointTable
 from model_checkpoint.database.experiments import ExperimentTable
-from model_checkpoint.database.schema import migrate
+from model_checkpoint.database.schema import latest_version, migrate
 from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
@@ -50,24 +50,40 @@ class EnhancedDatabaseConnection:
         self._new_pool()
         watch(self)
         try:
-            with self.transaction() as connection:
-                migrate(connection, self._dialect.path)
+            if not self._up_to_date():
+                with self.transaction() as connection:
+                    migrate(connection, self._dialect.path)
         except BaseException:
             self.close()
             raise
         self.experiments = ExperimentTable(self)
         self.checkpoints = CheckpointTable(self)
 
+    def _up_to_date(self) -> bool:
+        """Whether there is nothing to migrate, found out without the write lock."""
+        if not self.query("SELECT 1 FROM sqlite_master WHERE name = 'migrations'"):
+            return False
+        return self.query("SELECT MAX(number) FROM migrations") == [(latest_version(),)]
+
     def _new_pool(self) -> None:
         self._local = threading.local()
         self._closed = False
         self._closing = threading.Lock()
+        self._writing = threading.RLock()  # SQLite has one writer at a time; its threads queue here, not in a busy loop
         self._pool: LifoQueue[SQLiteConnection | None] = LifoQueue()  # None is a slot without a connection
         for _ in range(self._size):
             self._pool.put(None)
 
-    def after_fork(self) -> None:
-        """Start afresh in a forked child: a SQLite connection must be neither used nor closed there."""
+    def before_fork(self) -> None:
+        """Let a running transaction end: a child would inherit SQLite's note that this process holds the write lock."""
+        self._writing.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._writing.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start afresh: a SQLite connection must be neither used nor closed in a forked child."""
         self._abandoned += [self._pool, self._local]
         self._new_pool()
 
@@ -90,8 +106,10 @@ class EnhancedDatabaseConnection:
                 raise DatabaseError("a durable transaction inside one that is not: make the outer one durable")
             yield current
             return
-        connection = self._pool.get() or self._connect()
+        self._writing.acquire()
+        connection = None
         try:
+            connection = self._pool.get() or self._connect()
             if connection.guard is not None:
                 fcntl.flock(connection.guard, fcntl.LOCK_SH)
             sync, begin = self._dialect.begin[durable]
@@ -103,15 +121,17 @@ class EnhancedDatabaseConnection:
         except self._dialect.driver_errors as error:
             raise self._failed(error) from error
         finally:
-            self._local.connection = None
-            if connection.in_transaction:
-                connection.rollback()
-            if connection.guard is not None:
-                fcntl.flock(connection.guard, fcntl.LOCK_UN)
-            self._transactions += 1
-            if self._transactions % _TIDY_EVERY == 0:
-                self._dialect.tidy(connection)
-            self._pool.put(connection)
+            if connection is not None:
+                self._local.connection = None
+                if connection.in_transaction:
+                    connection.rollback()
+                if connection.guard is not None:
+                    fcntl.flock(connection.guard, fcntl.LOCK_UN)
+                self._transactions += 1
+                if self._transactions % _TIDY_EVERY == 0:
+                    self._dialect.tidy(connection)
+                self._pool.put(connection)
+            self._writing.release()
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Return every row of a SELECT, in the running transaction of this thread if there is one.

@@ -90,9 +90,10 @@ class SQLiteDialect:
     def _open_log(self, connection: SQLiteConnection) -> None:
         guard = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            # SQLite does not wait for its busy timeout when two processes change a new file to WAL at once.
-            with locked(guard, fcntl.LOCK_EX):
-                connection.execute("PRAGMA journal_mode=WAL")
+            if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                # SQLite does not wait for its busy timeout when two processes change a new file to WAL at once.
+                with locked(guard, fcntl.LOCK_EX):
+                    connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA journal_size_limit=0")  # a log that was checkpointed gives its space back
             if _WAL_RESET_BUG:
                 connection.execute("PRAGMA wal_autocheckpoint=0")
@@ -119,14 +120,9 @@ class SQLiteDialect:
             fcntl.flock(connection.guard, fcntl.LOCK_UN)
 
     def close(self, connection: SQLiteConnection) -> None:
-        """Close a connection; the last one checkpoints the log, so it happens under the exclusive lock."""
-        if connection.guard is None:
-            connection.close()
-            return
-        try:
-            with locked(connection.guard, fcntl.LOCK_EX):
-                connection.close()
-        finally:
+        """Close a connection. The last one checkpoints the log, which SQLite does only when it has the file alone."""
+        connection.close()
+        if connection.guard is not None:
             os.close(connection.guard)
 
 

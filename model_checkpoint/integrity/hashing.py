@@ -25,11 +25,13 @@ class HashingSink:
     Attributes:
         size: bytes written so far.
         hash: of these bytes, or None.
+        error: what went wrong, or None.
     """
 
     def __init__(self, descriptor: int, path: str, hashed: bool) -> None:
         self.size = 0
         self.hash = hashlib.sha256() if hashed else None
+        self.error: StorageError | None = None
         self._descriptor = descriptor
         self._path = path
 
@@ -46,7 +48,8 @@ class HashingSink:
                 while chunk.nbytes:  # the kernel may take less than it is given
                     chunk = chunk[os.write(self._descriptor, chunk) :]
         except OSError as error:
-            raise _failed("write", self._path, error) from error
+            self.error = _failed("write", self._path, error)
+            raise self.error from error
         self.size += view.nbytes
         return view.nbytes
 
@@ -71,7 +74,12 @@ def write_file(path: str, write: Callable[[HashingSink], object], hashed: bool =
         raise _failed("create", path, error) from error
     try:
         sink = HashingSink(descriptor, path, hashed)
-        write(sink)
+        try:
+            write(sink)
+        except Exception:
+            if sink.error is not None:  # a library that was writing may have buried the cause under its own error
+                raise sink.error from sink.error.__cause__
+            raise
         try:
             os.fsync(descriptor)  # a failure is final: Linux forgets the error, and a second fsync would lie
         except OSError as error:

@@ -38,8 +38,16 @@ class BatchedWriter(Generic[Row]):
         watch(self)
         atexit.register(self.close)
 
-    def after_fork(self) -> None:
-        """Start empty in a forked child."""
+    def before_fork(self) -> None:
+        """Let a batch that is being written come to its end."""
+        self._writing.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._writing.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start empty, with a thread of its own."""
         self.pending.clear()
         self._start()
 

@@ -1,4 +1,4 @@
-"""Objects that must start afresh in a forked child, such as those that own connections, locks or threads."""
+"""Objects that own connections, locks or threads, which rest while a process forks and start afresh in the child."""
 
 from __future__ import annotations
 
@@ -8,23 +8,41 @@ from weakref import WeakSet
 
 
 class Forkable(Protocol):
-    """An object that knows how to start afresh."""
+    """An object that survives ``os.fork`` in both processes."""
 
-    def after_fork(self) -> None:
-        """Called in the child; locks that other threads of the parent held must be replaced, not waited for."""
+    def before_fork(self) -> None:
+        """Come to rest: finish what a copy of the memory must not catch half done, and let nothing new begin."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Start afresh; threads of the parent do not exist here."""
 
 
 _objects: WeakSet[Forkable] = WeakSet()
+_resting: list[Forkable] = []
 
 
 def watch(forkable: Forkable) -> None:
-    """Call ``forkable.after_fork()`` in every child forked from now on, for as long as the object lives."""
+    """Tell ``forkable`` of every fork from now on, for as long as it lives."""
     _objects.add(forkable)
 
 
-def _after_fork() -> None:
+def _before() -> None:
     for forkable in list(_objects):
-        forkable.after_fork()
+        forkable.before_fork()
+        _resting.append(forkable)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _after_in_parent() -> None:
+    while _resting:
+        _resting.pop().after_fork_in_parent()
+
+
+def _after_in_child() -> None:
+    while _resting:
+        _resting.pop().after_fork_in_child()
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -26,13 +26,14 @@ class PyTorchBackend(StorageBackend):
 
     def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
         torch = require("torch", "torch", "the pytorch storage backend")
-        decoder = _TorchDecoder(lambda component, key: state.arrays[component][key], kind="torch")
+        arrays = _own_storages(state.arrays)
+        decoder = _TorchDecoder(lambda component, key: arrays[component][key], kind="torch")
         content: dict[str, Any] = {
             f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()
         }
         content["arrays"] = {
-            component: {key: decoder.array(component, key, array) for key, array in arrays.items()}
-            for component, arrays in state.arrays.items()
+            component: {key: decoder.array(component, key, array) for key, array in named.items()}
+            for component, named in arrays.items()
         }
         return [PlannedFile(FILE_NAME, None, None, lambda sink: torch.save(content, _Stream(sink)))]
 
@@ -49,6 +50,27 @@ class PyTorchBackend(StorageBackend):
             raise FormatError(f"{FILE_NAME} does not load with weights_only=True: {error}") from error
 
 
+def _own_storages(arrays: Mapping[str, Mapping[str, HostArray]]) -> dict[str, dict[str, HostArray]]:
+    """Return the arrays with a copy of each tensor that does not have a storage to itself.
+
+    torch.save writes whole storages: of a slice, all that it was cut from. It also refuses one storage as two dtypes.
+    Arrays that are tied are one array by now, so that nothing that belongs together is separated.
+    """
+    made: dict[str, dict[str, HostArray]] = {}
+    seen: set[int] = set()
+    for component, named in arrays.items():
+        made[component] = {}
+        for key, array in named.items():
+            tensor: Any = array.source
+            if tensor is not None and array.data.nbytes:
+                storage = tensor.untyped_storage()
+                if storage.nbytes() != array.data.nbytes or storage.data_ptr() in seen:
+                    tensor = tensor.clone()
+                seen.add(storage.data_ptr())
+            made[component][key] = array._replace(source=tensor)
+    return made
+
+
 def _host(tensor: object) -> HostArray:
     to_host = adapter_for(type(tensor))
     array = to_host(tensor) if to_host else None
@@ -62,6 +84,9 @@ class _TorchDecoder(Decoder):
 
     def frozen(self, items: list[Any]) -> Any:
         return tuple(items)  # torch refuses frozensets; ours come back from state.json
+
+    def large(self, number: int) -> Any:
+        return number if number.bit_length() < 2000 else str(number)  # as it does pickle's LONG4, from 2,040 bits
 
 
 class _Stream:

@@ -1,0 +1,558 @@
+"""The checkpoint manager through its public calls: saving, finding, loading, removing, and what bad input does."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import uuid
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.checkpoint.retention import KeepBest, KeepLast
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    ExperimentNotFoundError,
+    FormatVersionError,
+    IntegrityError,
+    LockTimeoutError,
+    StorageError,
+    UnknownBackendError,
+    UnknownCheckpointTypeError,
+    UnsupportedValueError,
+)
+
+MODEL = {"weight": array("f", [1.0, 2.0, 3.0]), "layers": [{"bias": array("d", [0.5])}]}
+
+
+@pytest.fixture
+def manager(tracker: ExperimentTracker, tmp_path: Path) -> Iterator[EnhancedCheckpointManager]:
+    with EnhancedCheckpointManager(tracker, str(tmp_path / "checkpoints")) as manager:
+        yield manager
+
+
+def folders(directory: Path) -> list[str]:
+    """Return the ids of the published checkpoints, read from the disk."""
+    return sorted(path.parent.name for path in directory.glob("*/*/checkpoint.json"))
+
+
+def test_save_returns_a_uuid_and_load_returns_what_was_saved(manager: EnhancedCheckpointManager) -> None:
+    saved = manager.save_checkpoint(
+        MODEL,
+        optimizer={"lr": 0.1},
+        scheduler={"last": 3},
+        epoch=2,
+        step=70,
+        loss=0.5,
+        val_loss=0.25,
+        metrics={"f1": 0.75},
+        config={"layers": (1, 2)},
+        notes="first",
+        model_name="tiny",
+        extra_state={"seed": 7},
+    )
+    assert str(uuid.UUID(saved)) == saved
+    loaded = manager.load_checkpoint(saved)
+    flags = loaded.pop("_checkpoint_metadata")
+    assert loaded == {
+        "model_state_dict": MODEL,
+        "optimizer_state_dict": {"lr": 0.1},
+        "scheduler_state_dict": {"last": 3},
+        "extra_state": {"seed": 7},
+        "epoch": 2,
+        "step": 70,
+        "loss": 0.5,
+        "val_loss": 0.25,
+        "metrics": {"f1": 0.75},
+        "config": {"layers": [1, 2]},
+    }
+    assert flags == {
+        "checkpoint_id": saved,
+        "experiment_id": manager.list_checkpoints()[0]["experiment_id"],
+        "epoch": 2,
+        "step": 70,
+        "checkpoint_type": "regular",
+        "is_best_loss": True,
+        "is_best_val_loss": True,
+        "is_best_metric": True,
+    }
+
+
+def test_parts_that_are_not_wanted_are_neither_saved_nor_loaded(manager: EnhancedCheckpointManager) -> None:
+    manager.save_checkpoint(MODEL, {"o": 1}, {"s": 1}, save_optimizer=False, save_scheduler=False)
+    loaded = manager.load_checkpoint()
+    assert (loaded["optimizer_state_dict"], loaded["scheduler_state_dict"]) == (None, None)
+    manager.save_checkpoint(MODEL, {"o": 1}, {"s": 1})
+    loaded = manager.load_checkpoint(load_optimizer=False, load_scheduler=False)
+    assert (loaded["optimizer_state_dict"], loaded["scheduler_state_dict"]) == (None, None)
+    assert manager.load_checkpoint()["optimizer_state_dict"] == {"o": 1}
+
+
+def test_every_type_to_load_by_finds_its_checkpoint(manager: EnhancedCheckpointManager) -> None:
+    rows: list[dict[str, Any]] = [
+        {"loss": 3.0, "val_loss": 1.0, "metrics": {"accuracy": 0.1, "wer": 0.9}},
+        {"loss": 1.0, "val_loss": 3.0, "metrics": {"accuracy": 0.2, "wer": 0.5}},
+        {"loss": 2.0, "val_loss": 2.0, "metrics": {"accuracy": 0.9, "wer": 0.7}},
+        {"loss": 9.0, "val_loss": 9.0, "metrics": {"accuracy": 0.0, "wer": 1.0}, "checkpoint_type": "milestone"},
+    ]
+    for epoch, row in enumerate(rows):
+        manager.save_checkpoint(MODEL, epoch=epoch, **row)
+    found = {
+        kind: manager.load_checkpoint(checkpoint_type=kind)["epoch"]
+        for kind in ("latest", "best_loss", "best_val_loss", "best_metric", "best:wer", "best:loss", "milestone")
+    }
+    assert found == {
+        "latest": 3,
+        "best_loss": 1,
+        "best_val_loss": 0,
+        "best_metric": 2,  # the first metric ever saved, accuracy
+        "best:wer": 1,
+        "best:loss": 1,
+        "milestone": 3,
+    }
+
+
+def test_best_metrics_override_direction_and_choose_the_primary(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, str(tmp_path / "c"), best_metrics={"wer": "max", "f1": "min"})
+    for epoch, (wer, f1) in enumerate([(0.5, 0.5), (0.9, 0.9), (0.1, 0.1)]):
+        manager.save_checkpoint(MODEL, epoch=epoch, metrics={"f1": f1, "wer": wer})
+    assert manager.load_checkpoint(checkpoint_type="best_metric")["epoch"] == 1
+    assert manager.load_checkpoint(checkpoint_type="best:f1")["epoch"] == 2
+
+
+def test_nan_is_never_best_and_a_tie_keeps_the_earlier(manager: EnhancedCheckpointManager) -> None:
+    for epoch, loss in enumerate([math.nan, 2.0, 2.0, math.nan, math.inf]):
+        manager.save_checkpoint(MODEL, epoch=epoch, loss=loss)
+    assert manager.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 1
+    manager.save_checkpoint(MODEL, epoch=5, loss=-math.inf)
+    assert manager.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 5
+    losses = [row["loss"] for row in manager.list_checkpoints()]
+    assert [str(loss) for loss in losses] == ["nan", "2.0", "2.0", "nan", "inf", "-inf"]
+
+
+def test_exactly_one_checkpoint_holds_each_flag(manager: EnhancedCheckpointManager) -> None:
+    for epoch in range(8):
+        manager.save_checkpoint(MODEL, epoch=epoch, loss=8 - epoch, metrics={"f1": (epoch * 5) % 8})
+    rows = manager.list_checkpoints()
+    assert [sum(row[flag] for row in rows) for flag in ("is_best_loss", "is_best_metric")] == [1, 1]
+    assert [row["epoch"] for row in rows if row["is_best_metric"]] == [3]
+
+
+def test_update_best_false_keeps_a_checkpoint_out_of_the_competition(manager: EnhancedCheckpointManager) -> None:
+    manager.save_checkpoint(MODEL, epoch=0, loss=1.0)
+    manager.save_checkpoint(MODEL, epoch=1, loss=0.0, update_best=False)
+    assert manager.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 0
+    manager.delete_checkpoint(
+        manager.load_checkpoint(checkpoint_type="best_loss")["_checkpoint_metadata"]["checkpoint_id"]
+    )
+    with pytest.raises(CheckpointNotFoundError, match=r"^Checkpoint not found: best_loss"):
+        manager.load_checkpoint(checkpoint_type="best_loss")
+
+
+def test_a_new_process_goes_on_from_the_best_in_the_database(tmp_path: Path) -> None:
+    script = """
+import sys
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+url, run = f"sqlite:///{sys.argv[1]}/e.db", sys.argv[2]
+tracker = ExperimentTracker("a", database_url=url) if run == "new" else ExperimentTracker.resume(run, url)
+manager = EnhancedCheckpointManager(tracker, sys.argv[1] + "/c")
+manager.save_checkpoint({"n": 1}, epoch=int(sys.argv[3]), loss=float(sys.argv[4]))
+print(tracker.experiment_id, manager.load_checkpoint(checkpoint_type="best_loss")["epoch"])
+"""
+
+    def run(experiment: str, epoch: str, loss: str) -> tuple[str, str]:
+        command = [sys.executable, "-c", script, str(tmp_path), experiment, epoch, loss]
+        return tuple(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())  # type: ignore
+
+    experiment, best = run("new", "0", "0.5")
+    assert (best, run(experiment, "1", "0.7")[1], run(experiment, "2", "0.3")[1]) == ("0", "0", "2")
+
+
+def test_scalars_of_array_libraries_are_numbers(manager: EnhancedCheckpointManager) -> None:
+    np = pytest.importorskip("numpy")
+    manager.save_checkpoint(
+        MODEL, epoch=np.int64(4), loss=np.float32(0.5), metrics={"f1": np.array(0.25)}, config={"lr": np.float64(0.1)}
+    )
+    loaded = manager.load_checkpoint()
+    assert (loaded["epoch"], loaded["loss"], loaded["metrics"], loaded["config"]) == (4, 0.5, {"f1": 0.25}, {"lr": 0.1})
+
+
+def test_the_manager_works_without_a_tracker_on_a_named_experiment(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/e.db"
+    with ExperimentTracker("a", database_url=url) as tracker:
+        experiment = tracker.experiment_id
+    with EnhancedCheckpointManager(None, str(tmp_path / "c"), database_url=url) as manager:
+        saved = manager.save_checkpoint(MODEL, experiment_id=experiment)
+        assert manager.load_checkpoint(experiment_id=experiment)["_checkpoint_metadata"]["checkpoint_id"] == saved
+        assert manager.load_checkpoint(saved)["model_state_dict"] == MODEL
+
+
+# Retention through the manager; the rules themselves are tested in checkpoint/test_retention.py.
+
+
+def test_retention_keeps_protected_and_periodic_checkpoints(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(
+        tracker, str(tmp_path / "c"), max_checkpoints=4, save_frequency=5, protected_types=["milestone"]
+    )
+    for epoch in range(12):
+        kind = "milestone" if epoch == 3 else None
+        manager.save_checkpoint(MODEL, epoch=epoch, loss=abs(epoch - 1), checkpoint_type=kind)
+    epochs = [row["epoch"] for row in manager.list_checkpoints()]
+    assert epochs == [1, 3, 10, 11]  # best, protected, periodic, newest
+    assert len(folders(tmp_path / "c")) == 4
+    plan = manager.retention_plan()
+    assert list(plan.kept.values()) == [
+        "best loss",
+        "type milestone is protected",
+        "within 4 checkpoints",
+        "the newest",
+    ]
+
+
+def test_retention_plan_shows_what_a_policy_would_do_without_acting(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    with EnhancedCheckpointManager(tracker, str(tmp_path / "c"), max_checkpoints=None) as keep_all:
+        ids = [
+            keep_all.save_checkpoint(MODEL, epoch=e, metrics={"f1": f1}) for e, f1 in enumerate([0.5, 0.9, 0.7, 0.1])
+        ]
+    policy = KeepLast(1) | KeepBest(2, "f1")
+    manager = EnhancedCheckpointManager(tracker, str(tmp_path / "c"), retention_policy=policy)
+    plan = manager.retention_plan()
+    assert plan.removed == {ids[0]: "no rule keeps it"}
+    assert plan.kept == {ids[1]: "best f1", ids[2]: "one of the best 2 by f1", ids[3]: "the newest"}
+    assert folders(tmp_path / "c") == sorted(ids)
+
+
+def test_pinned_checkpoints_outlive_retention_and_cannot_be_deleted(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, str(tmp_path / "c"), max_checkpoints=1)
+    pinned = manager.save_checkpoint(MODEL, epoch=1)
+    manager.pin(pinned)
+    for epoch in range(2, 5):
+        manager.save_checkpoint(MODEL, epoch=epoch)
+    assert [row["epoch"] for row in manager.list_checkpoints()] == [1, 4]
+    with pytest.raises(ConfigurationError, match="pinned"):
+        manager.delete_checkpoint(pinned)
+    manager.unpin(pinned)
+    assert manager.delete_checkpoint(pinned) is True
+    assert pinned not in folders(tmp_path / "c")
+
+
+def test_a_deleted_checkpoint_comes_back_with_its_flags_until_the_trash_is_emptied(
+    manager: EnhancedCheckpointManager,
+) -> None:
+    best, other = (manager.save_checkpoint(MODEL, epoch=e, loss=loss) for e, loss in enumerate([0.1, 0.2]))
+    manager.delete_checkpoint(best)
+    assert manager.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 1
+    with pytest.raises(CheckpointNotFoundError, match=f"^Checkpoint not found: {best}"):
+        manager.load_checkpoint(best)
+    manager.undelete(best)
+    assert manager.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 0
+    assert [row["epoch"] for row in manager.list_checkpoints()] == [0, 1]
+    manager.unpin(best)
+    manager.delete_checkpoint(best)
+    manager.delete_checkpoint(other)
+    assert {row["checkpoint_id"] for row in manager.list_trash()} == {best, other}
+    assert manager.empty_trash() > 0
+    assert manager.list_trash() == []
+    for gone in (best, other):
+        with pytest.raises(CheckpointNotFoundError, match=r"^Checkpoint not found"):
+            manager.undelete(gone)
+
+
+def test_what_retention_removed_can_be_undone_for_one_more_pass(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, str(tmp_path / "c"), max_checkpoints=1, save_frequency=1)
+    first = manager.save_checkpoint(MODEL, epoch=1)
+    manager.save_checkpoint(MODEL, epoch=2)
+    assert [row["checkpoint_id"] for row in manager.list_trash()] == [first]
+    manager.undelete(first)
+    assert manager.load_checkpoint(first)["epoch"] == 1
+    manager.unpin(first)
+    for epoch in (3, 4, 5):
+        manager.save_checkpoint(MODEL, epoch=epoch)
+    assert len(manager.list_trash()) == 2  # this pass's and the one before's; older ones are gone for good
+    with pytest.raises(CheckpointNotFoundError):
+        manager.undelete(first)
+
+
+def test_statistics_add_up(manager: EnhancedCheckpointManager) -> None:
+    for epoch in range(3):
+        manager.save_checkpoint(MODEL, epoch=epoch, loss=3.0 - epoch, checkpoint_type="a" if epoch else None)
+    manager.load_checkpoint()
+    found = manager.get_experiment_statistics()
+    rows = manager.list_checkpoints()
+    assert found["total_checkpoints"] == 3
+    assert found["total_size"] == sum(row["size"] for row in rows)
+    assert found["by_type"] == {"regular": 1, "a": 2}
+    assert (found["first_epoch"], found["last_epoch"], found["pinned"], found["corrupt"]) == (0, 2, 0, 0)
+    assert found["best"] == {"loss": {"checkpoint_id": rows[2]["checkpoint_id"], "value": 1.0}}
+    did = manager.get_performance_statistics()
+    assert (did["saves"], did["loads"], did["bytes_written"]) == (3, 1, found["total_size"])
+    assert did["save_seconds"] > 0
+    assert did["load_seconds"] > 0
+
+
+def test_list_checkpoints_filters_and_can_leave_metadata_out(manager: EnhancedCheckpointManager) -> None:
+    for epoch in range(3):
+        manager.save_checkpoint(MODEL, epoch=epoch, loss=epoch, checkpoint_type="even" if epoch % 2 == 0 else "odd")
+    assert [row["epoch"] for row in manager.list_checkpoints(checkpoint_type="even")] == [0, 2]
+    assert [row["epoch"] for row in manager.list_checkpoints(checkpoint_type="best_loss")] == [0]
+    assert [row["epoch"] for row in manager.list_checkpoints(checkpoint_type="latest")] == [2]
+    assert manager.list_checkpoints(experiment_id=str(uuid.uuid4())) == []
+    (bare, *_) = manager.list_checkpoints(include_metadata=False)
+    assert "loss" not in bare
+    assert "notes" not in bare
+    assert bare["is_best_loss"] is True
+
+
+# On disk
+
+
+def test_the_manifest_names_every_file_by_relative_path_with_its_sha256(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    manager.save_checkpoint(MODEL, {"momentum": array("f", [0.0])})
+    (folder,) = (path.parent for path in (tmp_path / "checkpoints").glob("*/*/checkpoint.json"))
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    names = {entry["name"] for entry in manifest["files"]}
+    assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {path.name for path in folder.iterdir()} == names | {"checkpoint.json"}
+    for entry in manifest["files"]:
+        printed = subprocess.run(["sha256sum", folder / entry["name"]], capture_output=True, text=True, check=True)
+        assert printed.stdout.split()[0] == entry["sha256"]
+        assert (folder / entry["name"]).stat().st_size == entry["size"]
+
+
+def test_a_moved_directory_still_opens(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    with EnhancedCheckpointManager(tracker, str(tmp_path / "here")) as manager:
+        saved = manager.save_checkpoint(MODEL)
+    os.rename(tmp_path / "here", tmp_path / "there")
+    with EnhancedCheckpointManager(tracker, str(tmp_path / "there")) as manager:
+        assert manager.load_checkpoint(saved)["model_state_dict"] == MODEL
+        assert manager.verify_experiment_integrity()["verified"] == 1
+
+
+def test_names_from_outside_never_become_paths(tmp_path: Path) -> None:
+    hostile = "../../escape\u0301/%2e%2e/" + "x" * 4000
+    url = f"sqlite:///{tmp_path}/e.db"
+    with ExperimentTracker(hostile, hostile, tags=[hostile], config={hostile: hostile}, database_url=url) as tracker:
+        manager = EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+        saved = manager.save_checkpoint({hostile: array("f", [1])}, notes=hostile, model_name=hostile)
+        assert manager.load_checkpoint(saved)["model_state_dict"] == {hostile: array("f", [1])}
+        made = {path.name for path in (tmp_path / "c").rglob("*")}
+    assert made == {
+        *(".engine", "staging", "trash", "format.json", "gc.lock"),
+        *(tracker.experiment_id, saved, "checkpoint.json", "model.safetensors", "state.json"),
+    }
+    with pytest.raises(ExperimentNotFoundError):
+        manager_of(tmp_path, url).save_checkpoint(MODEL, experiment_id="../../etc")
+    with pytest.raises(CheckpointNotFoundError):
+        manager_of(tmp_path, url).load_checkpoint("../../etc/passwd")
+
+
+def manager_of(folder: Path, url: str) -> EnhancedCheckpointManager:
+    return EnhancedCheckpointManager(None, str(folder / "c"), database_url=url)
+
+
+# Bad input gets a clear error and loses nothing
+
+
+def test_a_missing_experiment_is_named_as_the_design_says(tmp_path: Path) -> None:
+    manager = manager_of(tmp_path, f"sqlite:///{tmp_path}/e.db")
+    with pytest.raises(ValueError, match=r"^No experiment_id provided"):
+        manager.save_checkpoint(MODEL)
+    with pytest.raises(ValueError, match=r"^Must provide experiment_id"):
+        manager.load_checkpoint()
+    with pytest.raises(ValueError, match=r"^Checkpoint not found"):
+        manager.load_checkpoint(str(uuid.uuid4()))
+    with pytest.raises(ExperimentNotFoundError, match="ExperimentTracker"):
+        manager.save_checkpoint(MODEL, experiment_id=str(uuid.uuid4()))
+    with pytest.raises(ExperimentNotFoundError, match="is not in"):
+        manager.load_checkpoint(experiment_id=str(uuid.uuid4()))
+    manager.close()
+
+
+def test_an_unknown_checkpoint_type_lists_the_known_ones(manager: EnhancedCheckpointManager) -> None:
+    manager.save_checkpoint(MODEL, checkpoint_type="milestone")
+    with pytest.raises(UnknownCheckpointTypeError, match=r"latest, best_loss, .*best:<metric>, milestone") as caught:
+        manager.load_checkpoint(checkpoint_type="bset_loss")
+    assert caught.value.checkpoint_type == "bset_loss"
+
+
+@pytest.mark.parametrize("label", ["latest", "best_loss", "best:f1", "", "a b", "../x", "x" * 65, 5])
+def test_a_label_that_cannot_be_one_is_refused(manager: EnhancedCheckpointManager, label: Any) -> None:
+    with pytest.raises(ConfigurationError, match="checkpoint_type"):
+        manager.save_checkpoint(MODEL, checkpoint_type=label)
+    assert manager.list_checkpoints() == []
+
+
+def test_an_unknown_backend_lists_the_known_ones(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    with pytest.raises(UnknownBackendError, match="known: pytorch, safetensors"):
+        EnhancedCheckpointManager(tracker, str(tmp_path / "c"), storage_backend="tensorflow")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_checkpoints": 0},
+        {"max_checkpoints": "ten"},
+        {"save_frequency": 0},
+        {"max_shard_size": 0},
+        {"cache_size": 0},
+        {"best_metrics": {"f1": "up"}},
+        {"protected_types": "milestone"},
+        {"database_url": "sqlite:///other.db"},
+    ],
+)
+def test_a_wrong_argument_is_named(tracker: ExperimentTracker, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    name = "max_size" if "cache_size" in arguments else next(iter(arguments))
+    with pytest.raises(ConfigurationError, match=name):
+        EnhancedCheckpointManager(tracker, str(tmp_path / "c"), **arguments)
+
+
+def test_what_cannot_be_stored_is_refused_by_path_and_leaves_nothing(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    kept = manager.save_checkpoint(MODEL)
+    with pytest.raises(UnsupportedValueError, match=r"model\.layers\[1\]\.act: cannot store a .*function.*pickled"):
+        manager.save_checkpoint({"layers": [1, {"act": len}]})
+    with pytest.raises(TypeError, match=r"config\.optimizer\.betas\[1\]"):
+        manager.save_checkpoint(MODEL, config={"optimizer": {"betas": [0.9, {1}]}})
+    with pytest.raises(TypeError, match=r"metrics\.f1"):
+        manager.save_checkpoint(MODEL, metrics={"f1": "high"})
+    with pytest.raises(TypeError, match="loss"):
+        manager.save_checkpoint(MODEL, loss=[1.0])
+    with pytest.raises(TypeError):
+        manager.save_checkpoint(MODEL, epoch=1.5)  # type: ignore[arg-type]
+    assert folders(tmp_path / "checkpoints") == [kept]
+    assert os.listdir(tmp_path / "checkpoints" / ".engine" / "staging") == []
+
+
+def test_a_file_in_the_way_of_the_directory_is_named(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in ("file", "file/below"):
+        with pytest.raises(ConfigurationError, match="is a file"):
+            EnhancedCheckpointManager(tracker, str(tmp_path / path))
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_an_unwritable_directory_is_a_storage_error_naming_it(tracker: ExperimentTracker) -> None:
+    with pytest.raises(StorageError, match="may write to") as caught:
+        EnhancedCheckpointManager(tracker, "/proc/checkpoints")  # no file system lets anybody write there
+    assert caught.value.errno is not None
+    assert caught.value.filename == "/proc/checkpoints"
+
+
+@pytest.mark.parametrize("backend", ["safetensors", "pytorch"])
+def test_a_full_disk_is_a_storage_error_and_the_next_save_works(tmp_path: Path, backend: str) -> None:
+    if backend == "pytorch":
+        pytest.importorskip("torch")
+    script = """
+import errno, os, resource, signal, sys
+from array import array
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.errors import StorageError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tracker = ExperimentTracker("a", database_url=f"sqlite:///{sys.argv[1]}/e.db")
+manager = EnhancedCheckpointManager(tracker, sys.argv[1] + "/c", storage_backend=sys.argv[2])
+kept = manager.save_checkpoint({"w": array("f", [1.0])}, epoch=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+try:
+    manager.save_checkpoint({"w": array("f", bytes(8 << 20))}, epoch=2)
+except StorageError as error:
+    print(error.errno == errno.EFBIG, "checkpoint file" in str(error), error.filename is not None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(os.listdir(sys.argv[1] + "/c/.engine/staging"), [row["epoch"] for row in manager.list_checkpoints()])
+manager.save_checkpoint({"w": array("f", bytes(8 << 20))}, epoch=3)
+print([row["epoch"] for row in manager.list_checkpoints()], manager.verify_experiment_integrity()["verified"])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), backend]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["True True True", "[] [1]", "[1, 3] 2"], done.stderr
+
+
+def test_a_newer_checkpoint_directory_is_refused_unchanged(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    EnhancedCheckpointManager(tracker, str(tmp_path / "c")).close()
+    stamp = tmp_path / "c" / ".engine" / "format.json"
+    newer = json.dumps({**json.loads(stamp.read_text()), "format_version": 99})
+    stamp.write_text(newer)
+    with pytest.raises(FormatVersionError, match=r"version 99.*Upgrade"):
+        EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+    assert stamp.read_text() == newer
+    stamp.write_text("{")
+    with pytest.raises(ConfigurationError, match="damaged"):
+        EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+
+
+def test_a_checkpoint_in_another_directory_is_pointed_at(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    EnhancedCheckpointManager(tracker, str(tmp_path / "one")).save_checkpoint(MODEL)
+    other = EnhancedCheckpointManager(tracker, str(tmp_path / "two"))
+    with pytest.raises(CheckpointNotFoundError, match=f"it has checkpoints in {tmp_path}/one"):
+        other.load_checkpoint()
+
+
+def test_a_missing_or_changed_file_is_an_integrity_error_and_other_checkpoints_load(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    ids = [manager.save_checkpoint(MODEL, epoch=epoch) for epoch in range(3)]
+    (missing,) = (tmp_path / "checkpoints").glob(f"*/{ids[0]}/model.safetensors")
+    missing.unlink()
+    (changed,) = (tmp_path / "checkpoints").glob(f"*/{ids[1]}/model.safetensors")
+    data = bytearray(changed.read_bytes())
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"model.safetensors: the file is missing"):
+        manager.load_checkpoint(ids[0])
+    with pytest.raises(IntegrityError, match="SHA-256") as caught:
+        manager.load_checkpoint(ids[1])
+    assert caught.value.path == str(changed)
+    assert len(caught.value.expected) == len(caught.value.actual) == 64
+    assert manager.load_checkpoint()["epoch"] == 2
+    assert [row["status"] for row in manager.list_checkpoints()] == ["corrupt", "corrupt", "committed"]
+
+
+def test_two_managers_on_one_directory_see_each_other_and_lose_nothing(
+    tracker: ExperimentTracker, tmp_path: Path
+) -> None:
+    one = EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+    two = EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+    ids = [(one, two)[epoch % 2].save_checkpoint(MODEL, epoch=epoch, loss=9 - epoch) for epoch in range(6)]
+    for manager in (one, two):
+        assert [row["checkpoint_id"] for row in manager.list_checkpoints()] == ids
+        assert manager.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 5
+    one.delete_checkpoint(ids[5])
+    assert two.load_checkpoint(checkpoint_type="best_loss")["epoch"] == 4
+    assert two.load_checkpoint()["epoch"] == 4
+
+
+def test_removal_waits_for_a_save_under_way_and_says_so(
+    manager: EnhancedCheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = manager.save_checkpoint(MODEL)
+    monkeypatch.setattr("model_checkpoint.checkpoint.removal._PATIENCE", 0.05)
+    script = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_SH); print(flush=True); input()"
+    command = [sys.executable, "-c", script, str(tmp_path / "checkpoints" / ".engine" / "gc.lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(LockTimeoutError, match="try again"):
+        manager.delete_checkpoint(saved)
+    holder.communicate(b"\n")
+    assert manager.load_checkpoint(saved)["model_state_dict"] == MODEL
+    assert manager.delete_checkpoint(saved)
+
+
+def test_closing_twice_and_using_a_closed_manager(tmp_path: Path) -> None:
+    manager = manager_of(tmp_path, f"sqlite:///{tmp_path}/e.db")
+    manager.close()
+    manager.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        manager.list_checkpoints()

@@ -200,7 +200,7 @@ def reopen_tracker(folder: Path) -> ExperimentTracker:
     """Return the tracker of the run in a folder, of which nothing is known any more but where it is."""
     with EnhancedCheckpointManager(checkpoint_dir=str(folder / "checkpoints"), database_url=database_url(folder)) as it:
         found = it.list_checkpoints()
-    print(f"   {len(found)} checkpoints are there, the latest of epoch {found[-1]['epoch']}.")
+    print(f"   Checkpoints found: {len(found)}, the latest of epoch {found[-1]['epoch']}.")
     return ExperimentTracker.resume(found[-1]["experiment_id"], database_url(folder))
 
 

@@ -534,7 +534,7 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-DEEPEST = 98  # the list around it and the value at the bottom are the other two of 100 levels
+DEEPEST = 99  # the list around it is one more level
 
 
 class TestRefusals:
@@ -589,6 +589,13 @@ class TestRefusals:
         assert error.path == "model.a[0].inner"
         assert "contains itself" in str(error)
 
+    def test_an_object_that_is_its_own_state_is_refused(self, store: Store) -> None:
+        class Endless:
+            def state_dict(self) -> Endless:
+                return self
+
+        assert self.refused(store, {"a": Endless()}).path.startswith("model")
+
     def test_the_same_list_twice_is_no_cycle(self, store: Store) -> None:
         shared = [1, 2]
         assert store.round_trip({"a": shared, "b": [shared, shared]}) == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
@@ -599,6 +606,18 @@ class TestRefusals:
             assert exact(store.round_trip(state)) == exact(state), name
             with pytest.raises(UnsupportedValueError, match="nested more than 100 levels deep"):
                 store.save([b"array", nest(DEEPEST + 1, wrap)])
+
+    def test_nested_frozensets_load_or_are_refused(self, store: Store) -> None:
+        for depth in (50, 90, 400):
+            state = [b"array", nest(depth, lambda v: frozenset([v]))]
+            assert self.loads_or_is_refused(store, state)
+
+    def loads_or_is_refused(self, store: Store, state: object) -> bool:
+        try:
+            checkpoint_id = store.save(state)
+        except UnsupportedValueError:
+            return True
+        return bool(store.load(checkpoint_id)["model_state_dict"] == state)
 
     @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
     def test_a_state_100_000_deep_is_refused(self, plain: Store, wrap: Callable[[Any], Any]) -> None:

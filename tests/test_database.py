@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import sqlite3
 import subprocess
@@ -22,7 +21,6 @@ from model_checkpoint.errors import ConfigurationError, DatabaseError, FormatVer
 
 ROOT = Path(__file__).parents[1]
 DEADLINE = 30.0  # seconds that anything may take before it counts as hung
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -569,28 +567,55 @@ def test_opening_again_applies_no_migration_twice_and_keeps_what_is_there(path: 
 # --- processes --------------------------------------------------------------------------------------------------
 
 
-def _open_at_once(url: str, start: Any, worker: int) -> None:
-    start.wait(DEADLINE)
-    database = EnhancedDatabaseConnection(url)
-    put(database, f"e{worker}")
-    database.close()
+def run_together(script: str, *arguments: str, count: int = 8) -> list[tuple[int, str]]:
+    """Run a script in ``count`` processes that begin at the same moment; returns exit codes and standard errors.
 
-
-def run_all(processes: list[Any]) -> list[int | None]:
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(DEADLINE)
-    for process in processes:
-        if process.is_alive():
+    They are fresh interpreters without pytest: eight of those would take seconds to start.
+    """
+    wait = "print('ready', flush=True); sys.stdin.readline()"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script.replace("WAIT", wait), str(worker), *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for worker in range(count)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n", process.communicate(timeout=DEADLINE)
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [
+            (process.returncode, errors)
+            for process, (_, errors) in [(process, process.communicate(timeout=DEADLINE)) for process in processes]
+        ]
+    finally:
+        for process in processes:
             process.kill()
-    return [process.exitcode for process in processes]
+
+
+OPEN = """
+import sys
+from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.models import ExperimentRecord
+worker, url = sys.argv[1:]
+WAIT
+database = EnhancedDatabaseConnection(url)
+database.experiments.create(ExperimentRecord(id=f"e{worker}", name=f"e{worker}"))
+database.close()
+"""
 
 
 def test_eight_processes_open_a_new_database_at_once(path: Path) -> None:
-    url, start = f"sqlite:///{path}", SPAWN.Barrier(8)
-    codes = run_all([SPAWN.Process(target=_open_at_once, args=(url, start, worker)) for worker in range(8)])
-    assert codes == [0] * 8
+    url = f"sqlite:///{path}"
+    assert run_together(OPEN, url) == [(0, "")] * 8
     database = EnhancedDatabaseConnection(url)
     assert names_in(database) == [f"e{worker}" for worker in range(8)]
     numbers = [number for (number,) in database.query("SELECT number FROM migrations ORDER BY number")]
@@ -599,25 +624,27 @@ def test_eight_processes_open_a_new_database_at_once(path: Path) -> None:
     database.close()
 
 
-def _write_many(url: str, start: Any, worker: int, count: int) -> None:
-    database = EnhancedDatabaseConnection(url)
-    start.wait(DEADLINE)
-    for i in range(count):
-        with database.transaction(durable=i % 50 == 0) as connection:
-            (total,) = connection.execute("SELECT revision FROM stores WHERE id = 'counter'").fetchone()
-            connection.execute("UPDATE stores SET revision = :next WHERE id = 'counter'", {"next": total + 1})
-            connection.execute(INSERT, {"id": f"{worker}-{i:04}"})
-    database.close()
+WRITE = """
+import sys
+from model_checkpoint.database import EnhancedDatabaseConnection
+worker, url, count = sys.argv[1:]
+database = EnhancedDatabaseConnection(url)
+WAIT
+for i in range(int(count)):
+    with database.transaction(durable=i % 50 == 0) as connection:
+        (total,) = connection.execute("SELECT revision FROM stores WHERE id = 'counter'").fetchone()
+        connection.execute("UPDATE stores SET revision = :next WHERE id = 'counter'", {"next": total + 1})
+        connection.execute("INSERT INTO stores (id, path) VALUES (:id, '')", {"id": f"{worker}-{i:04}"})
+database.close()
+"""
 
 
-@pytest.mark.slow
 def test_eight_processes_write_at_once_without_an_error_and_none_is_lost(path: Path) -> None:
-    url, start, count = f"sqlite:///{path}", SPAWN.Barrier(8), 250
+    url, count = f"sqlite:///{path}", 250
     database = EnhancedDatabaseConnection(url)
     with database.transaction() as connection:
         connection.execute(INSERT, {"id": "counter"})
-    codes = run_all([SPAWN.Process(target=_write_many, args=(url, start, worker, count)) for worker in range(8)])
-    assert codes == [0] * 8
+    assert run_together(WRITE, url, str(count)) == [(0, "")] * 8
     # Read, add one, write: any lost update would show in the counter.
     assert database.query("SELECT revision FROM stores WHERE id = 'counter'") == [(8 * count,)]
     assert database.query("SELECT COUNT(*) FROM stores") == [(8 * count + 1,)]

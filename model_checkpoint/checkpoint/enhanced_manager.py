@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import threading
@@ -315,8 +316,8 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         loaded = {
             **{f"{name}_state_dict": state.get(name) for name in ("model", "optimizer", "scheduler")},
             "extra_state": state.get("extra"),
-            **{name: getattr(record, name) for name in ("epoch", "step", "loss", "val_loss", "config")},
-            "metrics": dict(record.metrics),
+            **{name: getattr(record, name) for name in ("epoch", "step", "loss", "val_loss")},
+            **copy.deepcopy({"metrics": record.metrics, "config": record.config}),  # the record may be in the cache
             "_checkpoint_metadata": self._flags(record),
         }
         self._fire(HookEvent.AFTER_CHECKPOINT_LOAD, loaded["_checkpoint_metadata"], record.id, record.experiment_id)

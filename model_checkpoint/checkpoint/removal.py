@@ -62,6 +62,8 @@ class CheckpointRemoval(CheckpointCatalog):
     def _retain(self, experiment_id: str) -> None:
         """Carry out the retention plan after a save; what another process is using is left to the next pass."""
         doomed = [i for i in self.retention_plan(experiment_id).removed if self._may_go(experiment_id, i) is None]
+        if not doomed:
+            return
         try:
             with self._directory.exclusive(_RETENTION_PATIENCE):
                 gone = self._remove(

@@ -182,7 +182,7 @@ class _Encoder:
                 ordered = sorted(value)
             except TypeError:
                 ordered = list(value)
-            return {f"${kind.__name__}": [self.node(v, path) for v in ordered]}
+            return {f"${kind.__name__}": self._container(ordered, list, path)}
         if kind.__module__ == "torch" and kind.__name__ in ("dtype", "device"):
             return {"$torch": str(value), "type": kind.__name__}
         for base in (OrderedDict, dict, list, tuple):  # subclasses, such as defaultdict, torch.Size and named tuples

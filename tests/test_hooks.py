@@ -837,6 +837,8 @@ def test_a_hook_that_changes_its_context_changes_nothing_stored(
     (told,) = manager.list_checkpoints()
     assert (told["experiment_id"], told["notes"], told["metrics"]) == (run.experiment_id, "n", {"accuracy": 0.5})
     assert manager.load_checkpoint(checkpoint_type="best:accuracy")["_checkpoint_metadata"]["is_best_metric"]
+    better = manager.save_checkpoint(MODEL, metrics={"accuracy": 0.6})  # better than 0.5, not than the hook's 99
+    assert manager.load_checkpoint(checkpoint_type="best:accuracy")["_checkpoint_metadata"]["checkpoint_id"] == better
     assert "changed" not in (Path(told["path"]) / "checkpoint.json").read_text()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+import sys
 from array import array
 
 from model_checkpoint.arrays.dtypes import DTYPES
 from model_checkpoint.arrays.host import HostArray, Layout
+from model_checkpoint.errors import MissingDependencyError
 
 _FORMATS = {"?": "bool", "c": "uint8", "e": "float16", "f": "float32", "d": "float64"}
 for _code in "bhilqn":  # sizes of the C types differ between machines: ask this one
@@ -45,8 +47,10 @@ class PlainAdapter:
             return made
         flat = array_.data
         format = detail.lstrip("@=<") or DTYPES[array_.dtype].format
-        if format is None or flat.nbytes == 0:
-            return flat if format is None else memoryview(b"").cast(format)  # type: ignore[call-overload]
+        if format is None or (format == "e" and sys.version_info < (3, 12)):
+            return flat  # this Python has no elements of that type; the bytes are the best there is
+        if flat.nbytes == 0:
+            return memoryview(b"").cast(format)  # type: ignore[call-overload]
         return flat.cast(format, array_.shape)  # type: ignore[call-overload]
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
@@ -55,7 +59,7 @@ class PlainAdapter:
         count = 1
         for length, stride in reversed(list(zip(layout.shape, layout.strides))):
             if length > 1 and stride != count:
-                raise ValueError("a memoryview cannot be transposed; install numpy or torch to load this array")
+                raise MissingDependencyError("numpy", "numpy", "loading a transposed view of another array")
             count *= length
         width = DTYPES[layout.dtype].bits // 8 // base.itemsize  # of a dtype without a format, base is bytes
         if width > 1:

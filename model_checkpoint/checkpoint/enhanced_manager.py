@@ -191,15 +191,15 @@ class EnhancedCheckpointManager(CheckpointRemoval):
                 del components[name]
         details = details_of(record)
         planned = self._plan(components)
-        listening = self.hook_manager.listening if self.hook_manager is not None else ()
-        if HookEvent.BEFORE_CHECKPOINT_SAVE in listening:
+        hooks = self.hook_manager
+        if hooks is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in hooks.listening:
             self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
         if self._tracker is not None and self._tracker.unflushed:
             self._tracker.flush()  # so that the commit notes where the metrics stood
         with self._directory.shared():
             record, taken, count = self._write(record, details, planned, compute_checksum and self._integrity)
         self._count(saves=1, save_seconds=time.perf_counter() - started, bytes_written=record.size)
-        if HookEvent.AFTER_CHECKPOINT_SAVE in listening:
+        if hooks is not None and HookEvent.AFTER_CHECKPOINT_SAVE in hooks.listening:
             outcome = {**payload(record), "size": record.size, "best": sorted(taken)}
             self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)
         if self._policy is not None or (self._max_checkpoints is not None and count > self._max_checkpoints):

@@ -124,12 +124,16 @@ class HookManager:
         self.listening = made  # replaced whole, so that a firing under way keeps the one it started with
 
     def fire_hook(
-        self, event: HookEvent, context: HookContext | None = None, data: Mapping[str, Any] | None = None, **more: Any
+        self,
+        event: HookEvent | str,
+        context: HookContext | None = None,
+        data: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> HookResult:
         """Run the hooks of ``event`` in the calling thread, in their order, until one vetoes.
 
         Args:
-            event: what happens.
+            event: what happens, a ``HookEvent`` or its value.
             context: handed to the handlers; made from the other arguments when None.
             data: the context's data.
             **more: ``checkpoint_id`` and ``experiment_id`` of the context; anything else is added to its data.
@@ -138,6 +142,7 @@ class HookManager:
             What came of it. A handler's exception is in ``errors``, logged, and goes no further.
         """
         result = HookResult()
+        event = HookEvent(event)
         hooks = self.listening.get(event, ())
         if not hooks:
             return result
@@ -191,6 +196,9 @@ def _run(hook: _Hook, context: HookContext, result: HookResult) -> bool:
     hook.calls += 1
     try:
         returned = hook.handler(context)
+        if inspect.iscoroutine(returned):
+            returned.close()
+            raise TypeError("the handler returned a coroutine, which nobody awaits; make it a plain function")
     except KeyboardInterrupt:
         raise  # the user's, not the hook's
     except BaseException as error:

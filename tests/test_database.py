@@ -699,7 +699,7 @@ FORK_DURING = """
 import os, sys, threading
 from model_checkpoint.database import EnhancedDatabaseConnection
 
-database = EnhancedDatabaseConnection(sys.argv[1], busy_timeout=2.0)
+database = EnhancedDatabaseConnection(sys.argv[1], busy_timeout=5.0)
 insert = "INSERT INTO stores (id, path) VALUES (:id, '')"
 stop, running = threading.Event(), threading.Event()
 
@@ -708,9 +708,10 @@ def write():
     while not stop.is_set():
         with database.transaction() as connection:
             running.set()
-            for _ in range(200):
-                connection.execute(insert, {"id": f"thread {number}"})
-                number += 1
+            connection.execute(insert, {"id": f"thread {number}"})
+            stop.wait(0.02)  # most forks fall into a transaction
+        number += 1
+        stop.wait(0.005)  # and here the children have their turn
 
 thread = threading.Thread(target=write)
 thread.start()

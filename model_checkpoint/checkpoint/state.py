@@ -188,9 +188,11 @@ class _Encoder:
         for base in (OrderedDict, dict, list, tuple):  # subclasses, such as defaultdict, torch.Size and named tuples
             if isinstance(value, base):
                 return self._container(value, base, path)
-        for plain, base_value in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
-            if isinstance(value, plain):  # an Enum or the like: what it is beneath
-                return self.node(base_value(value), path)
+        if isinstance(value, str):  # an Enum or the like: what it is beneath, not what str() makes of it
+            return str.__str__(value)
+        for plain in (int, float):
+            if isinstance(value, plain):
+                return self.node(plain(value), path)
         raise UnsupportedValueError(path_text(path), value, _ADVICE)
 
 

@@ -595,6 +595,43 @@ def test_a_forked_child_neither_doubles_nor_loses_the_parents_points(url: str, p
     assert [step for name, _, step in found if name == "child"] == list(range(points))
 
 
+FORK_WHILE_WRITING = """
+import os, sys, threading
+from model_checkpoint import ExperimentTracker
+
+runs = [ExperimentTracker("n", database_url=sys.argv[1]) for _ in range(8)]
+stop, written = threading.Event(), [threading.Event() for _ in runs]
+
+def log(number):
+    run = runs[number]
+    while not stop.is_set():
+        run.log_metric("m", 1.0)
+        run.flush()
+        written[number].set()
+        stop.wait(0.001)  # so that the fork has its turn
+
+threads = [threading.Thread(target=log, args=(number,)) for number in range(len(runs))]
+for thread in threads:
+    thread.start()
+for event in written:
+    event.wait()
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+for thread in threads:
+    thread.join()
+print("done")
+"""
+
+
+def test_forking_while_points_are_written_never_hangs(url: str) -> None:
+    """A fork waits for what is being written: it must take the locks of the run and of its database in one order."""
+    assert python(FORK_WHILE_WRITING, url).strip() == "done"
+
+
 def test_points_survive_a_locked_database_and_are_stored_once_by_a_later_flush(
     run: ExperimentTracker, url: str
 ) -> None:

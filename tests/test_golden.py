@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import CheckpointNotFoundError
+from model_checkpoint.integrity import CheckpointVerifier
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTES = [
@@ -350,6 +352,8 @@ def test_the_golden_checkpoints_are_found_by_type(golden: Golden, kind: str, not
 
 def test_a_changed_byte_of_each_golden_file_is_found(golden: Golden) -> None:
     """The digests in the golden manifests are compared, not only there."""
+    database = EnhancedDatabaseConnection(golden.url)
+    verifier = CheckpointVerifier(database)
     changed = set()
     for each in golden.manager.list_checkpoints():
         for path in Path(each["path"]).iterdir():
@@ -358,10 +362,11 @@ def test_a_changed_byte_of_each_golden_file_is_found(golden: Golden) -> None:
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             changed.add(each["checkpoint_id"])
-            result = golden.manager.verify_experiment_integrity()["checkpoint_results"][each["checkpoint_id"]]
+            result = verifier.verify_checkpoint(each["checkpoint_id"])
             assert not result["verified"], path
             assert path.name in result["error"]
             path.write_bytes(content)
+    database.close()
     assert len(changed) == 9
 
 

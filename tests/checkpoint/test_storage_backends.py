@@ -134,11 +134,10 @@ class TestArraysRoundTripBitForBit:
             assert exact(loaded[name]) == exact(values), name
 
     @needs_ml_dtypes
-    @pytest.mark.parametrize("name", ["float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "int4", "uint4"])
-    def test_numpy_dtypes_below_a_byte_round_trip_or_are_refused_when_saving(self, store: Store, name: str) -> None:
-        values = np.array([0, 1, 1, 0], dtype=getattr(ml_dtypes, name))
-        outcome = self.save_and_load_or_refuse(store, values)
-        assert outcome in (exact(values), "refused")
+    def test_numpy_dtypes_below_a_byte_round_trip_or_are_refused_when_saving(self, store: Store) -> None:
+        for name in ("float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "int4", "uint4"):
+            values = np.array([0, 1, 1, 0], dtype=getattr(ml_dtypes, name))
+            assert self.save_and_load_or_refuse(store, values) in (exact(values), "refused"), name
 
     def save_and_load_or_refuse(self, store: Store, values: Any) -> Any:
         try:
@@ -548,8 +547,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "value", [len, lambda: None, object(), (1).__class__, range(3), Ellipsis, Path("x"), iter(())], ids=repr
     )
-    def test_a_value_without_a_safe_form_is_named_and_leaves_nothing_behind(self, store: Store, value: object) -> None:
-        error = self.refused(store, {"layers": [b"array", {"fn": value}], "after": 1})
+    def test_a_value_without_a_safe_form_is_named_and_leaves_nothing_behind(self, plain: Store, value: object) -> None:
+        error = self.refused(plain, {"layers": [b"array", {"fn": value}], "after": 1})
         assert error.path == "model.layers[1].fn"
         assert error.value_type is type(value)
         assert str(error).startswith(f"model.layers[1].fn: cannot store a {type(value).__module__}.")
@@ -650,12 +649,10 @@ class TestDamagedContent:
             manager.load_checkpoint(checkpoint_id)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b'{"model": {"$unknown": 1}}', b"[" * 100_000])
-    def test_a_tree_that_is_none_is_an_integrity_error(self, store: Store, tmp_path: Path, content: bytes) -> None:
-        checkpoint_id = store.save({"w": b"0123456789"})
-        folder = store.path(checkpoint_id)
-        if not (folder / "state.json").exists():
-            pytest.skip("state.json is compressed here")
-        store.close()
+    def test_a_tree_that_is_none_is_an_integrity_error(self, plain: Store, tmp_path: Path, content: bytes) -> None:
+        checkpoint_id = plain.save({"w": b"0123456789"})
+        folder = plain.path(checkpoint_id)
+        plain.close()
         replace_file(folder, "state.json", content)
         with reopen_without_database(tmp_path) as manager, pytest.raises(IntegrityError):
             manager.load_checkpoint(checkpoint_id)

@@ -13,8 +13,10 @@ from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import ConfigurationError
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+
+quick = settings(deadline=None, max_examples=60)  # no deadline: the machine that runs this may be busy
 
 NAN, INF = math.nan, math.inf
 
@@ -154,11 +156,13 @@ def oracle(records: list[CheckpointRecord], overrides: Mapping[str, str]) -> dic
     return best
 
 
+@quick
 @given(HISTORIES, OVERRIDES)
 def test_elect_agrees_with_an_oracle_on_any_history(records: list[CheckpointRecord], overrides: dict[str, str]) -> None:
     assert elect(records, overrides) == oracle(records, overrides)
 
 
+@quick
 @given(HISTORIES, OVERRIDES)
 def test_elect_is_what_commits_one_after_the_other_decide(
     records: list[CheckpointRecord], overrides: dict[str, str]
@@ -171,6 +175,7 @@ def test_elect_is_what_commits_one_after_the_other_decide(
     assert elect(records, overrides) == {c: (holder, values[c]) for c, holder in holders.items()}
 
 
+@quick
 @given(HISTORIES, OVERRIDES)
 def test_each_criterion_that_anyone_competes_in_has_one_holder_which_competes_in_it(
     records: list[CheckpointRecord], overrides: dict[str, str]

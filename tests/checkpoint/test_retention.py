@@ -27,8 +27,10 @@ from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import ConfigurationError
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+
+quick = settings(deadline=None, max_examples=60)  # no deadline: the machine that runs this may be busy
 
 NOW = 1_700_000_000.0  # Unix seconds
 NOTHING = Protection(save_best=False, save_last=False)
@@ -372,6 +374,7 @@ def is_protected(records: Sequence[CheckpointRecord], place: int, protection: Pr
     )
 
 
+@quick
 @given(HISTORIES, st.integers(1, 12), st.integers(1, 7), PROTECTIONS)
 def test_the_default_rule_is_the_one_that_its_words_describe(
     records: list[CheckpointRecord], most: int, frequency: int, protection: Protection
@@ -387,6 +390,7 @@ def test_the_default_rule_is_the_one_that_its_words_describe(
     assert kept(plan) == " ".join(records[place].id for place in left)
 
 
+@quick
 @given(HISTORIES, st.integers(1, 12), st.integers(1, 7), PROTECTIONS)
 def test_the_default_rule_leaves_the_maximum_or_the_protected_whichever_is_more(
     records: list[CheckpointRecord], most: int, frequency: int, protection: Protection
@@ -396,6 +400,7 @@ def test_the_default_rule_leaves_the_maximum_or_the_protected_whichever_is_more(
     assert len(plan.kept) == min(len(records), max(most, protected))
 
 
+@quick
 @given(HISTORIES, st.integers(1, 12), st.integers(1, 7), POLICIES, PROTECTIONS)
 def test_no_plan_removes_what_is_protected(
     records: list[CheckpointRecord], most: int, frequency: int, policy: RetentionPolicy, protection: Protection
@@ -408,6 +413,7 @@ def test_no_plan_removes_what_is_protected(
             assert decision.keep or not is_protected(records, place, protection)
 
 
+@quick
 @given(HISTORIES, st.integers(1, 12), st.integers(1, 7), POLICIES, PROTECTIONS)
 def test_a_plan_has_one_decision_with_a_reason_for_each_record_in_order(
     records: list[CheckpointRecord], most: int, frequency: int, policy: RetentionPolicy, protection: Protection
@@ -422,6 +428,7 @@ def test_a_plan_has_one_decision_with_a_reason_for_each_record_in_order(
         assert len(str(plan).splitlines()) == len(records) + 1
 
 
+@quick
 @given(HISTORIES, st.lists(POLICIES, min_size=2, max_size=4))
 def test_a_union_keeps_exactly_what_its_parts_keep(
     records: list[CheckpointRecord], policies: list[RetentionPolicy]
@@ -436,6 +443,7 @@ def test_a_union_keeps_exactly_what_its_parts_keep(
     assert set(KeepAny(tuple(reversed(policies))).keeps(records, NOW)) == parts
 
 
+@quick
 @given(HISTORIES.filter(bool), POLICIES, st.integers(1, 10))
 def test_a_policy_keeps_only_what_there_is_and_does_not_depend_on_ids(
     records: list[CheckpointRecord], policy: RetentionPolicy, n: int

@@ -256,6 +256,8 @@ HOSTILE: dict[str, memoryview] = {
     "an overflow behind a zero": build({"a": entry("U8", [0, BIG, BIG], 0, 0)}),
     "an overflow before a zero": build({"a": entry("F32", [BIG, BIG, 0], 0, 0)}),
     "a dimension of 2**70": build({"a": entry("U8", [0, 2**70], 0, 0)}),
+    "a flag as a dimension": build(b'{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', b"x"),
+    "a flag as an offset": build(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[false,1]}}', b"x"),
     "an unknown dtype": build({"a": entry("F128", [4], 0, 4)}, DATA),
     "a dtype in lower case": build({"a": entry("u8", [4], 0, 4)}, DATA),
     "a dtype that is a list": build({"a": {**ONE, "dtype": ["U8"]}}, DATA),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from array import array
@@ -467,6 +468,45 @@ class TestSharedMemory:
         checkpoint_id = store.save({"first": pool[:10], "second": pool[10:20], "far": pool[90_000:90_010]})
         assert data_size(store, checkpoint_id) < 10_000
         assert exact(store.load(checkpoint_id)["model_state_dict"]["far"]) == exact(pool[90_000:90_010])
+
+
+VIEWS_OF_FRESH_MEMORY = """
+import gc, os, sys
+from array import array
+from helpers_storage import Path, Store, np, register_documented_backend, torch
+from model_checkpoint.hooks import HookEvent
+
+class Fresh:
+    def state_dict(self):
+        state = {"array": array("d", [7.0]) * 300_000}
+        if torch is not None:
+            tensor = torch.full((300_000,), 7.0)
+            state.update(torch=tensor, torch_part=tensor[10:])
+        if np is not None:
+            values = np.full(300_000, 7.0)
+            state.update(numpy=values, numpy_part=values[10:])
+        return state
+
+def reuse_memory(context):
+    gc.collect()
+    reuse_memory.kept = [bytearray(b"x" * size) for size in (1_200_000, 2_400_000) * 4]
+
+register_documented_backend()
+for backend in ("safetensors", "raw") + (("pytorch",) if torch is not None else ()):
+    store = Store(Path(sys.argv[1]) / backend, backend)
+    store.manager.register_hook("reuse", reuse_memory, [HookEvent.BEFORE_CHECKPOINT_SAVE])
+    loaded = store.round_trip(Fresh())
+    print(backend, *sorted(name for name, values in loaded.items() if set(values.tolist()) != {7.0}))
+"""
+
+
+def test_arrays_that_only_the_state_holds_are_kept_until_they_are_written(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    arguments = [sys.executable, "-c", VIEWS_OF_FRESH_MEMORY, str(tmp_path)]  # a crash there is a failure here
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment)
+    backends = ["safetensors", "raw"] + (["pytorch"] if torch is not None else [])
+    assert (done.returncode, done.stdout.split("\n")) == (0, [*backends, ""]), done.stderr
 
 
 class TestOwnership:

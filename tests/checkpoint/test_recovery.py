@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE = 30.0  # seconds that another process may take before it counts as hung
 MODEL = {"weight": array("f", [1.0, 2.0, 3.0]), "n": 7}
 
-# Runs ``call`` and dies of SIGKILL at ``place``: while a storage backend writes, at a call of the system, or at the n-th
+# Runs ``call`` and dies of SIGKILL at ``place``: while a storage backend writes, at a system call, or at the n-th
 # transaction. ``when`` is before or after that.
 CHILD = """
 import os, shutil, signal, sys

@@ -108,9 +108,9 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_bytes())
     change(content)
     del content["manifest_sha256"]
-    bare = json.dumps(content, indent=1, sort_keys=True).encode()
+    bare = json.dumps(content, indent=1).encode()
     content["manifest_sha256"] = hashlib.sha256(bare).hexdigest()
-    path.write_bytes(json.dumps(content, indent=1, sort_keys=True).encode())
+    path.write_bytes(json.dumps(content, indent=1).encode())
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:

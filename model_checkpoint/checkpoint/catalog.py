@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
@@ -12,14 +14,18 @@ from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import (
     CheckpointNotFoundError,
+    DatabaseError,
     ExperimentNotFoundError,
     HookVetoError,
+    IntegrityError,
     UnknownCheckpointTypeError,
 )
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity import CheckpointVerifier
 from model_checkpoint.integrity.verification import summarise
 from model_checkpoint.performance import LRUCache
+
+log = logging.getLogger(__name__)
 
 NAMED_TYPES = ("latest", "best_loss", "best_val_loss", "best_metric", "best:<metric>")
 
@@ -216,10 +222,25 @@ class CheckpointCatalog:
         results = []
         for record in self._db.checkpoints.records(self._directory.store_id, wanted):
             self._fire(HookEvent.BEFORE_INTEGRITY_CHECK, {}, record.id, record.experiment_id)
-            results.append(verifier.verify_checkpoint(record.id, on_bytes))
+            try:
+                with self._directory.shared():  # nothing is removed while it is hashed
+                    results.append(verifier.verify_checkpoint(record.id, on_bytes))
+            except CheckpointNotFoundError:
+                continue  # removed since it was listed
             outcome = {"verified": results[-1]["verified"], "error": results[-1]["error"]}
             self._fire(HookEvent.AFTER_INTEGRITY_CHECK, outcome, record.id, record.experiment_id)
         return summarise(results)
+
+    def _note(self, checkpoint_id: str, error: IntegrityError | None, checks: list[dict[str, Any]]) -> None:
+        """Record the verification that a load was; loading does not depend on that."""
+        if error is not None:
+            found = {"expected": error.expected, "actual": error.actual, "problem": str(error)}
+            checks = [{"name": error.path, "ok": False, **found}]
+        outcome = {"verified": error is None, "error": None if error is None else str(error), "files": checks}
+        try:
+            self._db.checkpoints.record_verification(checkpoint_id, outcome, time.time())
+        except DatabaseError:
+            log.exception("the verification of %s could not be recorded; loading goes on", checkpoint_id)
 
     def get_experiment_statistics(self, experiment_id: str | None = None) -> dict[str, Any]:
         """Return counts and sizes of one experiment's checkpoints here (the tracker's when None).

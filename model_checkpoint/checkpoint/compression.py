@@ -104,8 +104,8 @@ def _gunzip(data: memoryview, content: memoryview) -> int:
     try:
         while not decompressor.eof:
             part = decompressor.decompress(pending, _CHUNK)
-            if not part and not decompressor.unconsumed_tail:
-                return written  # truncated
+            if not part and not decompressor.unconsumed_tail and not decompressor.eof:
+                raise FormatError("compressed data is cut off")
             if written + len(part) > content.nbytes:
                 return written + len(part)
             content[written : written + len(part)] = part

@@ -24,6 +24,7 @@ from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
 from model_checkpoint.errors import ConfigurationError, FormatVersionError, LockTimeoutError, StorageError
 from model_checkpoint.integrity.hashing import HashingSink, write_file
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
+from model_checkpoint.utils.names import is_id
 
 FORMAT_VERSION = 1
 _LOCK_POLL = 0.02  # seconds between tries for the exclusive lock
@@ -185,19 +186,17 @@ class CheckpointDirectory:
                 raise StorageError("publish a checkpoint", error.filename or staging, error, advice) from error
             raise
 
-    def published(self) -> dict[str, str]:
-        """Return checkpoint id -> experiment id of every folder that is named like a checkpoint."""
-        found = {}
-        for experiment in os.listdir(self.path):
-            if _is_id(experiment):
-                for checkpoint in os.listdir(os.path.join(self.path, experiment)):
-                    if _is_id(checkpoint):
-                        found[checkpoint] = experiment
-        return found
+    def published(self) -> list[tuple[str, str]]:
+        """Return (experiment id, checkpoint id) of every folder that is named and placed like a checkpoint."""
+        return [
+            (experiment, checkpoint)
+            for experiment in _folders(self.path)
+            for checkpoint in _folders(os.path.join(self.path, experiment))
+        ]
 
     def staged(self) -> list[str]:
         """Return the ids of unfinished checkpoints."""
-        return [name for name in os.listdir(self._staging) if _is_id(name)]
+        return _folders(self._staging)
 
     def discard_staged(self, checkpoint_id: str) -> None:
         """Remove an unfinished checkpoint whose writer is dead; the caller holds ``exclusive()``."""
@@ -207,10 +206,12 @@ class CheckpointDirectory:
         """Move a published checkpoint to the trash; one that is not there is there no longer, which is as good."""
         self._move(self.folder(experiment_id, checkpoint_id), self.trash_folder(checkpoint_id))
 
-    def restore(self, experiment_id: str, checkpoint_id: str) -> None:
-        """Move a checkpoint from the trash to where it was."""
-        os.makedirs(os.path.join(self.path, experiment_id), exist_ok=True)
-        self._move(self.trash_folder(checkpoint_id), self.folder(experiment_id, checkpoint_id))
+    def restore(self, experiment_id: str, checkpoint_id: str) -> bool:
+        """Move a checkpoint from the trash to where it was; returns whether it is there now."""
+        target = self.folder(experiment_id, checkpoint_id)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self._move(self.trash_folder(checkpoint_id), target)
+        return os.path.isdir(target)
 
     def _move(self, source: str, target: str) -> None:
         try:
@@ -228,7 +229,7 @@ class CheckpointDirectory:
 
     def in_trash(self) -> list[str]:
         """Return the ids of what is in the trash."""
-        return [name for name in os.listdir(self._trash) if _is_id(name)]
+        return _folders(self._trash)
 
     def unlink_trashed(self, checkpoint_id: str) -> None:
         """Remove a checkpoint in the trash for good."""
@@ -267,8 +268,7 @@ def _sync_folder(path: str) -> None:
         os.close(descriptor)
 
 
-def _is_id(name: str) -> bool:
-    try:
-        return str(uuid.UUID(name)) == name
-    except ValueError:
-        return False
+def _folders(path: str) -> list[str]:
+    """Return the names of the real folders in ``path`` that are ids; links and everything else are not ours."""
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if is_id(entry.name) and entry.is_dir(follow_symlinks=False))

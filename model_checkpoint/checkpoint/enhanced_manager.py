@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import operator
 import threading
 import time
@@ -28,7 +27,12 @@ from model_checkpoint.checkpoint.storage import storage_backend as find_backend
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.checkpoints import details_of
 from model_checkpoint.database.models import CheckpointRecord
-from model_checkpoint.errors import ConfigurationError, DatabaseError, ExperimentNotFoundError, IntegrityError
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    ExperimentNotFoundError,
+    IntegrityError,
+)
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.integrity.verification import read_manifest
@@ -36,8 +40,6 @@ from model_checkpoint.performance import LRUCache
 from model_checkpoint.utils.jsonable import escape, text, to_jsonable, to_number
 
 __all__ = ["EnhancedCheckpointManager"]
-
-log = logging.getLogger(__name__)
 
 
 class EnhancedCheckpointManager(CheckpointRemoval):
@@ -302,16 +304,20 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             MissingDependencyError: the backend or compression that it was saved with needs a package.
         """
         started = time.perf_counter()
-        if checkpoint_id is None:
-            wanted = experiment_id or self._own_experiment()
-            if wanted is None:
-                raise ExperimentNotFoundError("Must provide experiment_id or checkpoint_id when there is no tracker")
-            checkpoint_id = self._resolve(wanted, checkpoint_type)
-        record = self._record(checkpoint_id)
-        self._fire(HookEvent.BEFORE_CHECKPOINT_LOAD, {}, record.id, record.experiment_id)
+        wanted = experiment_id or self._own_experiment()
+        if checkpoint_id is None and wanted is None:
+            raise ExperimentNotFoundError("Must provide experiment_id or checkpoint_id when there is no tracker")
         components = {"model", "extra"}
         components |= ({"optimizer"} if load_optimizer else set()) | ({"scheduler"} if load_scheduler else set())
-        state = self._read(record, components, verify_integrity and self._integrity, device)
+        while True:
+            record = self._record(checkpoint_id or self._resolve(str(wanted), checkpoint_type))
+            self._fire(HookEvent.BEFORE_CHECKPOINT_LOAD, {}, record.id, record.experiment_id)
+            try:
+                state = self._read(record, components, verify_integrity and self._integrity, device)
+                break
+            except CheckpointNotFoundError:  # removed since it was looked up
+                if checkpoint_id is not None:
+                    raise
         self._count(loads=1, load_seconds=time.perf_counter() - started)
         loaded = {
             **{f"{name}_state_dict": state.get(name) for name in ("model", "optimizer", "scheduler")},
@@ -327,23 +333,19 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         self, record: CheckpointRecord, components: Collection[str], verify: bool, device: object
     ) -> dict[str, Any]:
         with self._directory.shared():  # nothing is removed while it is read
+            if self._db.checkpoints.get(self._directory.store_id, record.id) is None:
+                raise CheckpointNotFoundError(record.id, "it was deleted meanwhile; list_trash() shows it")
             folder = self._directory.folder(record.experiment_id, record.id)
             try:
                 manifest, _ = read_manifest(folder, record.manifest_sha256)
                 reader = CheckpointReader(folder, manifest, verify)
                 state = reader.load(components, device)
             except IntegrityError as error:
-                self._note(record.id, {"verified": False, "error": str(error), "files": [_failed_check(error)]})
+                self._note(record.id, error, [])
                 raise
             if verify:
-                self._note(record.id, {"verified": True, "error": None, "files": reader.checks})
+                self._note(record.id, None, reader.checks)
             return state
-
-    def _note(self, checkpoint_id: str, outcome: Mapping[str, Any]) -> None:
-        try:
-            self._db.checkpoints.record_verification(checkpoint_id, outcome, time.time())
-        except DatabaseError:
-            log.exception("the verification of %s could not be recorded; loading goes on", checkpoint_id)
 
     def register_hook(self, *arguments: Any, **options: Any) -> None:
         """Register a hook; takes what ``HookManager.register_hook`` takes, and raises what it raises.
@@ -383,10 +385,6 @@ def _integer(value: Any, name: str) -> int:
     if not -(2**63) <= number < 2**63:
         raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
     return number
-
-
-def _failed_check(error: IntegrityError) -> dict[str, Any]:
-    return {"name": error.path, "ok": False, "expected": error.expected, "actual": error.actual, "problem": str(error)}
 
 
 def _database(tracker: Tracker | None, url: str | None) -> EnhancedDatabaseConnection:

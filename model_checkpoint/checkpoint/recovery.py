@@ -10,14 +10,15 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from model_checkpoint.checkpoint.best import flags_taken
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.database.checkpoints import decode_details
+from model_checkpoint.database.checkpoints import Decide, decode_details
 from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
 from model_checkpoint.errors import FormatVersionError, IntegrityError, LockTimeoutError
-from model_checkpoint.integrity.manifest import Manifest
+from model_checkpoint.integrity.manifest import FILE_NAME, Manifest
 from model_checkpoint.integrity.verification import read_manifest, verify_folder
 from model_checkpoint.utils.jsonable import unescape
 
@@ -74,9 +75,10 @@ def decide(
         discarded=list(staged),
         failed=[i for i, status in statuses.items() if status == "saving" and i not in published],
         corrupt=[i for i, status in statuses.items() if status == "committed" and i not in published],
-        buried=[i for i in published if i in buried],
+        buried=[i for i in published if i in buried and i not in in_trash],
         purged=[i for i in in_trash if i in buried and i not in statuses],
-        readmitted=[i for i in in_trash if i not in buried and i not in statuses],
+        readmitted=[i for i in in_trash if i not in buried and i not in statuses and i not in published],
+        left_alone=[i for i in published if i in buried and i in in_trash],
     )
 
 
@@ -94,10 +96,12 @@ def recover(
 def _recover(
     directory: CheckpointDirectory, db: EnhancedDatabaseConnection, best_metrics: Mapping[str, str]
 ) -> RecoveryReport:
-    rows = db.checkpoints
-    statuses = {key: row[0] for key, row in rows.statuses(directory.store_id).items()}
-    published = directory.published()
-    report = decide(statuses, published, directory.staged(), directory.in_trash(), rows.buried(directory.store_id))
+    store, rows, graves = directory.store_id, db.checkpoints, db.tombstones
+    found = rows.statuses(store)
+    published, strangers = _placed(directory, {key: experiment for key, (_, experiment, _) in found.items()})
+    statuses = {key: status for key, (status, *_) in found.items()}
+    report = decide(statuses, published, directory.staged(), directory.in_trash(), graves.buried(store))
+    report.left_alone += strangers
     for checkpoint_id in report.discarded:
         directory.discard_staged(checkpoint_id)
     for checkpoint_id in report.failed:
@@ -106,7 +110,7 @@ def _recover(
         directory.trash(published[checkpoint_id], checkpoint_id)
     for checkpoint_id in report.purged:
         directory.unlink_trashed(checkpoint_id)
-    report.corrupt += _resized(directory, published, rows.file_sizes(directory.store_id))
+    report.corrupt += _damaged(directory, published, rows.file_sizes(store))
     for checkpoint_id in report.corrupt:
         rows.mark_corrupt(checkpoint_id)
         log.error(
@@ -114,25 +118,53 @@ def _recover(
         )
     _roll_forward(directory, db, best_metrics, published, report)
     _readmit(directory, db, report)
+    for checkpoint_id in report.left_alone:
+        log.error("checkpoint %s in %s is not one that was saved there; left as it is", checkpoint_id, directory.path)
     if report:
         log.info("recovered %s: %s", directory.path, {name: len(ids) for name, ids in vars(report).items() if ids})
     return report
 
 
-def _resized(
+def _placed(directory: CheckpointDirectory, experiments: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return checkpoint id -> experiment id of the published folders, and the ids of those in the wrong place.
+
+    Args:
+        directory: where to look.
+        experiments: checkpoint id -> experiment id, as the rows have it; the manifest tells where there is no row.
+    """
+    placed, strangers = {}, []
+    for experiment_id, checkpoint_id in directory.published():
+        expected = experiments.get(checkpoint_id)
+        if expected is None:
+            try:
+                manifest, _ = read_manifest(directory.folder(experiment_id, checkpoint_id))
+                expected = manifest.experiment["id"]
+            except (IntegrityError, FormatVersionError) as error:
+                log.error("%s", error)
+        if expected == experiment_id:
+            placed[checkpoint_id] = experiment_id
+        else:
+            strangers.append(checkpoint_id)
+    return placed, strangers
+
+
+def _damaged(
     directory: CheckpointDirectory, published: Mapping[str, str], sizes: Mapping[str, Mapping[str, int]]
 ) -> list[str]:
+    """Return the committed checkpoints of which a file is missing or of another length; digests are for loading."""
+
     def size(path: str) -> int:
         try:
             return os.stat(path, follow_symlinks=False).st_size
-        except FileNotFoundError:
+        except OSError:
             return -1
 
     bad = []
     for checkpoint_id, files in sizes.items():
         if checkpoint_id in published:
             folder = directory.folder(published[checkpoint_id], checkpoint_id)
-            if any(size(os.path.join(folder, name)) != expected for name, expected in files.items()):
+            resized = any(size(os.path.join(folder, name)) != expected for name, expected in files.items())
+            if resized or size(os.path.join(folder, FILE_NAME)) <= 0:
                 bad.append(checkpoint_id)
     return bad
 
@@ -148,37 +180,49 @@ def _roll_forward(
     for checkpoint_id in report.rolled_forward:
         folder = directory.folder(published[checkpoint_id], checkpoint_id)
         check = verify_folder(folder)
-        found = read_manifest(folder) if check["verified"] else None
-        if found is not None and found[0].experiment["id"] == published[checkpoint_id]:
-            whole.append(found)
+        if check["verified"]:
+            whole.append(read_manifest(folder))
         else:
             report.left_alone.append(checkpoint_id)
-            why = check["error"] or "its manifest names another experiment than its folder"
-            log.error("checkpoint %s has no row and is not whole, left as it is: %s", checkpoint_id, why)
+            log.error("checkpoint %s has no row and is not whole: %s", checkpoint_id, check["error"])
+    report.rolled_forward = []
+    decide_best = partial(flags_taken, overrides=best_metrics)
     for manifest, digest in sorted(whole, key=lambda pair: pair[0].intent):  # in the order in which they were saved
-        db.experiments.create(experiment_of(manifest))
+        admitted = _admit(directory, db, manifest, digest, decide_best)
+        (report.rolled_forward if admitted else report.left_alone).append(manifest.checkpoint_id)
+    for manifest, _ in whole:
+        db.experiments.set_parent(manifest.experiment["id"], manifest.experiment["parent_id"])
+
+
+def _admit(
+    directory: CheckpointDirectory, db: EnhancedDatabaseConnection, manifest: Manifest, digest: str, decide_best: Decide
+) -> bool:
+    """Make row and experiment from a manifest; returns whether the database could take what it says."""
+    try:
         record = record_of(manifest, digest)
         files = [(f.name, f.size, f.sha256) for f in manifest.files]
-        db.checkpoints.commit(
-            record, directory.store_id, files, lambda record, held: flags_taken(record, held, best_metrics)
-        )
-    report.rolled_forward = [manifest.checkpoint_id for manifest, _ in whole]
+        with db.transaction(durable=True):
+            db.experiments.create(experiment_of(manifest))
+            db.checkpoints.commit(record, directory.store_id, files, decide_best, manifest.intent)
+        return True
+    except (ValueError, TypeError, KeyError, OverflowError) as error:  # sealed by somebody else, with values not ours
+        log.error("the manifest of checkpoint %s holds what was never saved: %s", manifest.checkpoint_id, error)
+        return False
 
 
 def _readmit(directory: CheckpointDirectory, db: EnhancedDatabaseConnection, report: RecoveryReport) -> None:
     for checkpoint_id in list(report.readmitted):
         try:
             manifest, digest = read_manifest(directory.trash_folder(checkpoint_id))
+            known = _admit(directory, db, manifest, digest, lambda record, held: {})
         except (IntegrityError, FormatVersionError) as error:
+            log.error("%s", error)
+            known = False
+        if known:
+            db.tombstones.add(directory.store_id, {checkpoint_id: "found in the trash"}, 0, {})
+        else:
             report.readmitted.remove(checkpoint_id)
             report.left_alone.append(checkpoint_id)
-            log.error("what lies in the trash as %s is not recognised, left as it is: %s", checkpoint_id, error)
-            continue
-        files = [(f.name, f.size, f.sha256) for f in manifest.files]
-        with db.transaction(durable=True):
-            db.experiments.create(experiment_of(manifest))
-            db.checkpoints.commit(record_of(manifest, digest), directory.store_id, files, lambda *_: {})
-            db.checkpoints.trash(directory.store_id, {checkpoint_id: "found in the trash"}, 0, {})
 
 
 def experiment_of(manifest: Manifest) -> ExperimentRecord:

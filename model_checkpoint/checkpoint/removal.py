@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -16,8 +17,17 @@ from model_checkpoint.checkpoint.retention import (
     plan_by_policy,
 )
 from model_checkpoint.database.models import CheckpointRecord
-from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, HookVetoError, LockTimeoutError
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    DatabaseError,
+    HookVetoError,
+    LockTimeoutError,
+    StorageError,
+)
 from model_checkpoint.hooks import HookEvent
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = 10.0  # seconds that an explicit removal waits for saves of other processes
 _RETENTION_PATIENCE = 0.2  # seconds that a save's retention pass waits; the next save makes up for a skipped one
@@ -37,7 +47,7 @@ class CheckpointRemoval(CheckpointCatalog):
         Raises:
             CheckpointNotFoundError: there is none with this id here.
         """
-        self._db.checkpoints.set_pinned(self._record(checkpoint_id).id, True)
+        self._set_pinned(checkpoint_id, True)
 
     def unpin(self, checkpoint_id: str) -> None:
         """Take the protection of ``pin`` back.
@@ -45,7 +55,11 @@ class CheckpointRemoval(CheckpointCatalog):
         Raises:
             CheckpointNotFoundError: there is none with this id here.
         """
-        self._db.checkpoints.set_pinned(self._record(checkpoint_id).id, False)
+        self._set_pinned(checkpoint_id, False)
+
+    def _set_pinned(self, checkpoint_id: str, pinned: bool) -> None:
+        if not self._db.checkpoints.set_pinned(self._record(checkpoint_id).id, pinned):
+            raise CheckpointNotFoundError(checkpoint_id, "it was deleted meanwhile; list_trash() shows it")
 
     def retention_plan(self, experiment_id: str | None = None) -> RetentionPlan:
         """Return what a retention pass would remove now, and why each other checkpoint stays; nothing is changed.
@@ -70,6 +84,9 @@ class CheckpointRemoval(CheckpointCatalog):
                     experiment_id, lambda: self.retention_plan(experiment_id).removed, doomed, new_pass=True
                 )
         except LockTimeoutError:
+            return
+        except (StorageError, DatabaseError):
+            log.exception("retention of %s failed, the next save tries again; the checkpoint is saved", experiment_id)
             return
         self._after_removal(gone)
 
@@ -100,15 +117,15 @@ class CheckpointRemoval(CheckpointCatalog):
         Returns:
             What went, with the reasons.
         """
-        store, rows = self._directory.store_id, self._db.checkpoints
+        store, rows, graves = self._directory.store_id, self._db.checkpoints, self._db.tombstones
         with self._db.transaction(durable=True):
-            generation = rows.generation(store)
+            generation = graves.generation(store)
             doomed = {key: reason for key, reason in reread().items() if key in only}
             records = rows.of_experiment(experiment_id)  # in every directory: best flags are the experiment's
             gone = [(record, doomed[record.id]) for record in records if record.id in doomed]
             stay = [record for record in records if record.id not in doomed]
             best = {experiment_id: elect(stay, self._best_metrics)} if any(r.best for r, _ in gone) else {}
-            rows.trash(store, doomed, generation + new_pass, best)
+            graves.add(store, doomed, generation + new_pass, best)
         for checkpoint_id in doomed:
             self._directory.trash(experiment_id, checkpoint_id)
         if new_pass:
@@ -116,8 +133,8 @@ class CheckpointRemoval(CheckpointCatalog):
         return gone
 
     def _purge(self, before_generation: int | None = None) -> int:
-        found = self._db.checkpoints.trashed(self._directory.store_id, before_generation)
-        self._db.checkpoints.purge([checkpoint_id for checkpoint_id, *_ in found])
+        found = self._db.tombstones.content(self._directory.store_id, before_generation)
+        self._db.tombstones.purge([checkpoint_id for checkpoint_id, *_ in found])
         for checkpoint_id, *_ in found:
             self._directory.unlink_trashed(checkpoint_id)
         return sum(size for *_, size in found)
@@ -138,16 +155,24 @@ class CheckpointRemoval(CheckpointCatalog):
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
         """
         record = self._record(checkpoint_id)
-        if record.pinned:
-            raise ConfigurationError(f"checkpoint {checkpoint_id} is pinned; unpin({checkpoint_id!r}) first")
+        self._still_deletable(checkpoint_id)
         veto = self._may_go(record.experiment_id, checkpoint_id)
         if veto is not None:
             raise veto
         with self._directory.exclusive(_PATIENCE):
-            reason = {checkpoint_id: "deleted by the user"}
-            gone = self._remove(record.experiment_id, lambda: reason, reason, new_pass=False)
+            gone = self._remove(
+                record.experiment_id, lambda: self._still_deletable(checkpoint_id), [checkpoint_id], new_pass=False
+            )
         self._after_removal(gone)
         return True
+
+    def _still_deletable(self, checkpoint_id: str) -> dict[str, str]:
+        record = self._db.checkpoints.get(self._directory.store_id, checkpoint_id)
+        if record is None:
+            raise CheckpointNotFoundError(checkpoint_id, "it was deleted already; list_trash() shows it")
+        if record.pinned:
+            raise ConfigurationError(f"checkpoint {checkpoint_id} is pinned; unpin({checkpoint_id!r}) first")
+        return {checkpoint_id: "deleted by the user"}
 
     def undelete(self, checkpoint_id: str) -> None:
         """Bring a removed checkpoint back from the trash, pinned, or the next retention pass would take it again.
@@ -156,22 +181,21 @@ class CheckpointRemoval(CheckpointCatalog):
             CheckpointNotFoundError: it is not in the trash (any more).
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
         """
-        store, rows = self._directory.store_id, self._db.checkpoints
+        store, rows, graves = self._directory.store_id, self._db.checkpoints, self._db.tombstones
         with self._directory.exclusive(_PATIENCE):
-            found = {key: experiment for key, experiment, *_ in rows.trashed(store)}
-            if checkpoint_id not in found:
+            found = {key: experiment for key, experiment, *_ in graves.content(store)}
+            experiment_id = found.get(checkpoint_id)
+            if experiment_id is None or not self._directory.restore(experiment_id, checkpoint_id):
                 raise CheckpointNotFoundError(f"{checkpoint_id} in the trash", "list_trash() shows what is there")
-            experiment_id = found[checkpoint_id]
-            self._directory.restore(experiment_id, checkpoint_id)
             with self._db.transaction(durable=True):
-                rows.restore(store, checkpoint_id)
+                graves.remove(store, checkpoint_id)
                 rows.set_pinned(checkpoint_id, True)
                 rows.replace_holders(experiment_id, elect(rows.of_experiment(experiment_id), self._best_metrics))
 
     def list_trash(self) -> list[dict[str, Any]]:
         """Return ``checkpoint_id``, ``experiment_id``, ``reason`` and ``size`` of what ``undelete`` can bring back."""
         names = ("checkpoint_id", "experiment_id", "reason", "size")
-        return [dict(zip(names, row)) for row in self._db.checkpoints.trashed(self._directory.store_id)]
+        return [dict(zip(names, row)) for row in self._db.tombstones.content(self._directory.store_id)]
 
     def empty_trash(self) -> int:
         """Remove everything in the trash for good.

@@ -72,13 +72,21 @@ class RetentionPolicy(Protocol):
 
 class _Composable:
     def __or__(self, other: RetentionPolicy) -> KeepAny:
+        if not callable(getattr(other, "keeps", None)):
+            raise ConfigurationError(f"retention: {other!r} is no policy; it has no keeps()")
         return KeepAny((self, other))  # type: ignore[arg-type]
 
 
-def _positive(**values: float | None) -> None:
+def _positive(**values: object) -> None:
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ConfigurationError(f"retention: {name} must be positive, not {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise ConfigurationError(f"retention: {name} must be a positive number, not {value!r}")
+
+
+def _count(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"retention: {name} must be an integer of at least 1, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class KeepLast(_Composable):
     n: int
 
     def __post_init__(self) -> None:
-        _positive(n=self.n)
+        _count(n=self.n)
 
     def keeps(self, records: Records, now: float) -> Mapping[str, str]:
         return {r.id: f"one of the last {self.n}" for r in records[-self.n :]}
@@ -119,7 +127,7 @@ class KeepBest(_Composable):
     mode: str | None = None
 
     def __post_init__(self) -> None:
-        _positive(k=self.k)
+        _count(k=self.k)
         if self.mode not in (None, "min", "max"):
             raise ConfigurationError(f"retention: mode must be 'min', 'max' or None, not {self.mode!r}")
 
@@ -148,7 +156,9 @@ class KeepEvery(_Composable):
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        _positive(epochs=self.epochs, steps=self.steps, minutes=self.minutes)
+        if self.minutes is not None:
+            _positive(minutes=self.minutes)
+        _count(**{name: value for name, value in (("epochs", self.epochs), ("steps", self.steps)) if value is not None})
         if sum(value is not None for value in (self.epochs, self.steps, self.minutes)) != 1:
             raise ConfigurationError("retention: KeepEvery takes exactly one of epochs, steps and minutes")
 
@@ -168,6 +178,10 @@ class KeepTypes(_Composable):
     """Keep every checkpoint of these types."""
 
     types: Collection[str]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.types, str):
+            raise ConfigurationError(f"retention: types must be a list of types, not the text {self.types!r}")
 
     def keeps(self, records: Records, now: float) -> Mapping[str, str]:
         return {r.id: f"type {r.checkpoint_type}" for r in records if r.checkpoint_type in self.types}
@@ -193,7 +207,7 @@ class KeepWithinBytes(_Composable):
     limit: int
 
     def __post_init__(self) -> None:
-        _positive(limit=self.limit)
+        _count(limit=self.limit)
 
     def keeps(self, records: Records, now: float) -> Mapping[str, str]:
         kept, used = {}, 0
@@ -214,6 +228,8 @@ class Protection(NamedTuple):
 
     def reason(self, record: CheckpointRecord, newest: bool) -> str | None:
         """Return why ``record`` is protected, or None."""
+        if record.status == "corrupt":
+            return "corrupt: a copy of its files may bring it back"
         if record.pinned:
             return "pinned"
         if record.checkpoint_type in self.protected_types:
@@ -225,10 +241,11 @@ class Protection(NamedTuple):
 
 def plan_by_policy(records: Records, policy: RetentionPolicy, protection: Protection, now: float) -> RetentionPlan:
     """Return the plan of a policy: what it keeps stays, and what is protected; the rest goes."""
-    kept = policy.keeps(records, now)
+    sound = [record for record in records if record.status != "corrupt"]
+    kept = policy.keeps(sound, now)
     decisions = []
-    for i, record in enumerate(records):
-        reason = protection.reason(record, newest=i == len(records) - 1) or kept.get(record.id)
+    for record in records:
+        reason = protection.reason(record, newest=bool(sound) and record is sound[-1]) or kept.get(record.id)
         decisions.append(Decision(record, reason is not None, reason or "no rule keeps it"))
     return RetentionPlan(tuple(decisions))
 
@@ -239,19 +256,22 @@ def plan_by_count(
     """Return the plan of the default rule.
 
     Nothing goes until there are more than ``max_checkpoints`` (None: never). Then the oldest that nothing protects goes
-    first, epochs that are no multiple of ``save_frequency`` before those that are.
+    first, epochs that are no multiple of ``save_frequency`` before those that are. Corrupt ones neither go nor count.
     """
-    excess = 0 if max_checkpoints is None else len(records) - max_checkpoints
-    protected = [protection.reason(r, newest=i == len(records) - 1) for i, r in enumerate(records)]
-    open_to_go = [i for i, reason in enumerate(protected) if reason is None]
-    open_to_go.sort(key=lambda i: records[i].epoch % save_frequency == 0)  # stable: the oldest of each kind first
-    doomed = set(open_to_go[: max(0, excess)])
+    sound = [record for record in records if record.status != "corrupt"]
+    excess = 0 if max_checkpoints is None else len(sound) - max_checkpoints
+    protected = {r.id: protection.reason(r, newest=bool(sound) and r is sound[-1]) for r in records}
+    candidates = [record for record in records if protected[record.id] is None]
+    candidates.sort(key=lambda record: record.epoch % save_frequency == 0)  # stable: the oldest of each kind first
+    doomed = {record.id for record in candidates[: max(0, excess)]}
     decisions = []
-    for i, record in enumerate(records):
-        periodic = record.epoch % save_frequency == 0
-        if i in doomed:
-            kind = "periodic, " if periodic else f"epoch is no multiple of {save_frequency}, "
-            decisions.append(Decision(record, False, f"more than {max_checkpoints} checkpoints; {kind}oldest first"))
+    for record in records:
+        if record.id in doomed:
+            periodic = record.epoch % save_frequency == 0
+            kind = "periodic" if periodic else f"epoch is no multiple of {save_frequency}"
+            reason = f"more than {max_checkpoints} checkpoints; {kind}, oldest first"
+            decisions.append(Decision(record, False, reason))
         else:
-            decisions.append(Decision(record, True, protected[i] or f"within {max_checkpoints} checkpoints"))
+            limit = "no limit is set" if max_checkpoints is None else f"within {max_checkpoints} checkpoints"
+            decisions.append(Decision(record, True, protected[record.id] or limit))
     return RetentionPlan(tuple(decisions))

@@ -1,4 +1,4 @@
-"""Checkpoints, their best flags, tombstones and verifications: the SQL and nothing else.
+"""Checkpoints, their best flags, files and verifications: the SQL and nothing else.
 
 Every write bumps the revision of its checkpoint directory (its store), which is how readers know that a cached record
 is still true.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import CheckpointRecord
@@ -57,12 +56,18 @@ class CheckpointTable:
             return _insert(connection, record, details, store_id)
 
     def commit(
-        self, record: CheckpointRecord, store_id: str, files: Iterable[tuple[str, int, str | None]], decide: Decide
+        self,
+        record: CheckpointRecord,
+        store_id: str,
+        files: Iterable[tuple[str, int, str | None]],
+        decide: Decide,
+        intent: int | None = None,
     ) -> tuple[Scores, int]:
         """Make a published checkpoint exist: the row, its files and the best flags, in one durable transaction.
 
         Args:
             record: with its final size and manifest digest. Without a row yet (recovery), one is made.
+            intent: the manifest's number, for a row that is made: later saves must not get a smaller one.
             store_id: the directory that it is in.
             files: (name, bytes, SHA-256 or None) of each.
             decide: called with the record and the holders' values by criterion; returns the criteria that it now
@@ -75,10 +80,10 @@ class CheckpointTable:
         bind["experiment"] = record.experiment_id
         with self._db.transaction(durable=True) as connection:
             if not connection.execute("SELECT 1 FROM checkpoints WHERE id = :id", bind).fetchone():
-                _insert(connection, record, details_of(record), store_id)
+                _insert(connection, record, details_of(record), store_id, intent)
             connection.execute(
                 "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest, "
-                "sequence = (SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints WHERE store_id = :store), "
+                "sequence = (SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints), "
                 "metric_position = (SELECT points FROM experiments WHERE id = :experiment) WHERE id = :id",
                 bind,
             )
@@ -94,7 +99,7 @@ class CheckpointTable:
             taken = decide(record, holders)
             for criterion, score in taken.items():
                 _hold(connection, record.experiment_id, criterion, record.id, score)
-            _bump(connection, None if taken else store_id)  # the flags may have left another directory's checkpoint
+            bump(connection, None if taken else store_id)  # the flags may have left another directory's checkpoint
             (count,) = connection.execute(
                 "SELECT COUNT(*) FROM checkpoints "
                 f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}",
@@ -110,14 +115,16 @@ class CheckpointTable:
         """Note that a committed checkpoint's files are missing or changed."""
         self._change(checkpoint_id, "status = 'corrupt'", "status = 'committed'")
 
-    def set_pinned(self, checkpoint_id: str, pinned: bool) -> None:
-        """Protect a checkpoint from removal, or no longer."""
-        self._change(checkpoint_id, f"pinned = {int(pinned)}", "1 = 1")
+    def set_pinned(self, checkpoint_id: str, pinned: bool) -> bool:
+        """Protect a checkpoint from removal, or no longer; returns whether it is (still) there."""
+        return self._change(checkpoint_id, f"pinned = {int(pinned)}", f"status IN {_LIVE}")
 
-    def _change(self, checkpoint_id: str, change: str, only_if: str) -> None:
+    def _change(self, checkpoint_id: str, change: str, only_if: str) -> bool:
         with self._db.transaction(durable=True) as connection:
-            connection.execute(f"UPDATE checkpoints SET {change} WHERE id = :id AND {only_if}", {"id": checkpoint_id})
+            sql = f"UPDATE checkpoints SET {change} WHERE id = :id AND {only_if}"
+            changed = connection.execute(sql, {"id": checkpoint_id}).rowcount > 0
             _bump_of(connection, checkpoint_id)
+        return changed
 
     def get(self, store_id: str, checkpoint_id: str) -> CheckpointRecord | None:
         """Return a committed or corrupt checkpoint of the store, or None."""
@@ -135,7 +142,7 @@ class CheckpointTable:
 
     def of_experiment(self, experiment_id: str) -> list[CheckpointRecord]:
         """Return the experiment's committed and corrupt checkpoints in every store, oldest first."""
-        where = f"experiment_id = :experiment AND status IN {_LIVE} ORDER BY created_at"
+        where = f"experiment_id = :experiment AND status IN {_LIVE} ORDER BY sequence"
         return self._records(where, experiment=experiment_id)
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
@@ -181,38 +188,6 @@ class CheckpointTable:
             found.setdefault(checkpoint_id, {})[name] = size
         return found
 
-    def trash(self, store_id: str, doomed: Mapping[str, str], generation: int, holders: Mapping[str, Any]) -> None:
-        """Write the tombstones of ``doomed`` (id -> reason); best flags move to ``holders`` where theirs are doomed.
-
-        Args:
-            store_id: the directory.
-            doomed: id -> why it goes.
-            generation: the removal pass, see ``generation``.
-            holders: experiment id -> criterion -> (checkpoint id, value): what remains best, for the experiments of
-                ``doomed``.
-        """
-        with self._db.transaction(durable=True) as connection:
-            for checkpoint_id, reason in doomed.items():
-                bind = {"id": checkpoint_id, "reason": reason, "generation": generation, "now": time.time()}
-                connection.execute(
-                    "INSERT INTO tombstones (checkpoint_id, experiment_id, store_id, reason, generation, deleted_at) "
-                    "SELECT id, experiment_id, store_id, :reason, :generation, :now FROM checkpoints WHERE id = :id "
-                    "ON CONFLICT (checkpoint_id) DO NOTHING",
-                    bind,
-                )
-                connection.execute("UPDATE checkpoints SET status = 'trashed' WHERE id = :id", bind)
-            for experiment_id, best in holders.items():
-                self.replace_holders(experiment_id, best)
-            _bump(connection, store_id)
-
-    def restore(self, store_id: str, checkpoint_id: str) -> None:
-        """Take a tombstone back."""
-        with self._db.transaction(durable=True) as connection:
-            bind = {"id": checkpoint_id}
-            connection.execute("UPDATE checkpoints SET status = 'committed' WHERE id = :id", bind)
-            connection.execute("DELETE FROM tombstones WHERE checkpoint_id = :id", bind)
-            _bump(connection, store_id)
-
     def replace_holders(self, experiment_id: str, best: Mapping[str, tuple[str, float]]) -> None:
         """Let ``best`` (criterion -> checkpoint id, value) be all of the experiment's best flags."""
         bind = {"id": experiment_id}
@@ -224,37 +199,7 @@ class CheckpointTable:
             )
             for criterion, (checkpoint_id, value) in best.items():
                 _hold(connection, experiment_id, criterion, checkpoint_id, value)
-            _bump(connection, None)
-
-    def generation(self, store_id: str) -> int:
-        """Return the number of the store's last retention pass that removed something; 0 before the first."""
-        sql = "SELECT COALESCE(MAX(generation), 0) FROM tombstones WHERE store_id = :store"
-        return int(self._db.query(sql, {"store": store_id})[0][0])
-
-    def trashed(self, store_id: str, before_generation: int | None = None) -> list[tuple[str, str, str, int]]:
-        """Return (id, experiment id, reason, bytes) of what is in the trash, of older passes only if one is given."""
-        only = "" if before_generation is None else "AND t.generation < :generation"
-        return self._db.query(
-            "SELECT t.checkpoint_id, t.experiment_id, t.reason, c.size FROM tombstones t "
-            "JOIN checkpoints c ON c.id = t.checkpoint_id "
-            f"WHERE t.store_id = :store AND t.purged_at IS NULL {only} ORDER BY t.deleted_at",
-            {"store": store_id, "generation": before_generation},
-        )
-
-    def buried(self, store_id: str) -> set[str]:
-        """Return the ids of everything that was ever deleted on purpose and not restored."""
-        rows = self._db.query("SELECT checkpoint_id FROM tombstones WHERE store_id = :store", {"store": store_id})
-        return {checkpoint_id for (checkpoint_id,) in rows}
-
-    def purge(self, checkpoint_ids: Sequence[str]) -> None:
-        """Forget rows whose files are about to be unlinked; the tombstones stay, so that recovery knows."""
-        with self._db.transaction() as connection:
-            for checkpoint_id in checkpoint_ids:
-                bind = {"id": checkpoint_id, "now": time.time()}
-                connection.execute("UPDATE tombstones SET purged_at = :now WHERE checkpoint_id = :id", bind)
-                for table in ("files", "verifications", "best"):
-                    connection.execute(f"DELETE FROM {table} WHERE checkpoint_id = :id", bind)
-                connection.execute("DELETE FROM checkpoints WHERE id = :id AND status = 'trashed'", bind)
+            bump(connection, None)
 
     def locate(self, checkpoint_id: str) -> tuple[str, str | None] | None:
         """Return the folder and the manifest digest of a committed checkpoint of any store, or None."""
@@ -349,9 +294,16 @@ def _record(row: tuple[Any, ...], best: frozenset[str], verification: Mapping[st
     return CheckpointRecord(**plain, **decode_details(json.loads(row[-1])), best=best, verification=verification)
 
 
-def _insert(connection: Executes, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
-    find = "SELECT COALESCE(MAX(intent), 0) + 1 FROM checkpoints WHERE store_id = :store"
-    intent = int(connection.execute(find, {"store": store_id}).fetchone()[0])
+def _insert(
+    connection: Executes,
+    record: CheckpointRecord,
+    details: Mapping[str, Any],
+    store_id: str,
+    intent: int | None = None,
+) -> int:
+    if intent is None:
+        find = "SELECT COALESCE(MAX(intent), 0) + 1 FROM checkpoints WHERE store_id = :store"
+        intent = int(connection.execute(find, {"store": store_id}).fetchone()[0])
     connection.execute(
         "INSERT INTO checkpoints (id, experiment_id, store_id, intent, status, checkpoint_type, epoch, step, details, "
         "backend, size, created_at, update_best, owner) VALUES (:id, :experiment, :store, :intent, 'saving', :type, "
@@ -383,8 +335,8 @@ def _hold(connection: Executes, experiment_id: str, criterion: str, checkpoint_i
     )
 
 
-def _bump(connection: Executes, store_id: str | None) -> None:
-    """Change the revision of one store, or of all."""
+def bump(connection: Executes, store_id: str | None) -> None:
+    """Change the revision of one store, or of all: what readers have cached is no longer true."""
     connection.execute("UPDATE stores SET revision = revision + 1 WHERE id = COALESCE(:id, id)", {"id": store_id})
 
 

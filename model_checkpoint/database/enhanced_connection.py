@@ -13,6 +13,7 @@ from model_checkpoint.database.checkpoints import CheckpointTable
 from model_checkpoint.database.experiments import ExperimentTable
 from model_checkpoint.database.schema import latest_version, migrate
 from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
+from model_checkpoint.database.tombstones import TombstoneTable
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
 
@@ -28,7 +29,7 @@ class EnhancedDatabaseConnection:
         busy_timeout: seconds to wait for another writer before an error.
 
     Attributes:
-        experiments, checkpoints: the tables.
+        experiments, checkpoints, tombstones: the tables.
 
     Raises:
         ConfigurationError: the URL or ``pool_size`` cannot be used.
@@ -58,6 +59,7 @@ class EnhancedDatabaseConnection:
             raise
         self.experiments = ExperimentTable(self)
         self.checkpoints = CheckpointTable(self)
+        self.tombstones = TombstoneTable(self)
 
     def _up_to_date(self) -> bool:
         """Whether there is nothing to migrate, found out without the write lock."""

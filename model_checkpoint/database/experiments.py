@@ -54,6 +54,15 @@ class ExperimentTable:
             self.add_tags(experiment.id, experiment.tags)
             self._set_parameters(experiment.id, experiment.config)
 
+    def set_parent(self, experiment_id: str, parent_id: str | None) -> None:
+        """Put an experiment that has no parent under one that exists; does nothing otherwise."""
+        with self._db.transaction(durable=True) as connection:
+            connection.execute(
+                "UPDATE experiments SET parent_id = (SELECT id FROM experiments WHERE id = :parent) "
+                "WHERE id = :id AND parent_id IS NULL",
+                {"id": experiment_id, "parent": parent_id},
+            )
+
     def get(self, experiment_id: str) -> ExperimentRecord | None:
         """Return the experiment, or None."""
         bind = {"id": experiment_id}

@@ -95,7 +95,7 @@ CREATE TABLE checkpoints (
     update_best INTEGER NOT NULL, manifest_sha256 TEXT, metric_position INTEGER, owner TEXT NOT NULL);
 CREATE INDEX checkpoints_by_sequence ON checkpoints (store_id, experiment_id, status, sequence);
 CREATE INDEX checkpoints_by_intent ON checkpoints (store_id, intent);
-CREATE INDEX checkpoints_in_store ON checkpoints (store_id, sequence);
+CREATE INDEX checkpoints_in_order ON checkpoints (sequence);
 CREATE TABLE files (
     checkpoint_id TEXT NOT NULL REFERENCES checkpoints(id), name TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT,
     PRIMARY KEY (checkpoint_id, name)) WITHOUT ROWID;

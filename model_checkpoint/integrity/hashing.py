@@ -6,6 +6,7 @@ import errno
 import hashlib
 import mmap
 import os
+import stat
 from collections.abc import Callable
 
 from model_checkpoint.errors import IntegrityError, StorageError
@@ -164,14 +165,20 @@ def digest_file(path: str, on_bytes: Callable[[int], object] | None = None) -> s
 
 def _open_checked(path: str, size: int) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = open_to_read(path)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
             problem = "the file is missing" if error.errno == errno.ENOENT else "a link stands where the file was"
             raise IntegrityError(path, problem) from error
         raise StorageError("open a checkpoint file", path, error, "check its permissions") from error
-    found = os.fstat(descriptor).st_size
-    if found != size:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
         os.close(descriptor)
-        raise IntegrityError(path, "its length in bytes is not the one recorded", size, found)
+        problem = "its length in bytes is not the one recorded" if stat.S_ISREG(found.st_mode) else "it is no file"
+        raise IntegrityError(path, problem, size, found.st_size)
     return descriptor
+
+
+def open_to_read(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file without following a symbolic link at its end, and without waiting should it be a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from model_checkpoint.errors import FormatVersionError, IntegrityError
+from model_checkpoint.utils.names import is_id
 
 FILE_NAME = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -71,9 +72,9 @@ class Manifest(NamedTuple):
 
 
 def _seal(content: dict[str, Any]) -> tuple[bytes, str]:
-    bare = json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
+    bare = json.dumps(content, indent=1, allow_nan=False).encode()
     digest = hashlib.sha256(bare).hexdigest()
-    sealed = json.dumps({**content, _DIGEST: digest}, indent=1, sort_keys=True, allow_nan=False).encode()
+    sealed = json.dumps({**content, _DIGEST: digest}, indent=1, allow_nan=False).encode()
     return sealed, digest
 
 
@@ -98,7 +99,9 @@ def parse_manifest(data: bytes, path: str) -> tuple[Manifest, str]:
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(path, f"it is not a manifest ({error})") from error
     version = content.pop("format_version", 0)
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise IntegrityError(path, f"the manifest has no format version ({version!r})")
+    if version > FORMAT_VERSION:
         raise FormatVersionError(path, version, FORMAT_VERSION)
     if digest != found or sealed != data:
         raise IntegrityError(path, "the manifest was changed after it was saved", digest, found)
@@ -161,6 +164,8 @@ def _problem(content: dict[str, Any]) -> str | None:
     wrong = wrong or _mismatch(content["values"], _VALUES)
     if wrong:
         return wrong
+    if not is_id(content["checkpoint_id"]) or not is_id(content["experiment"]["id"]):
+        return "an id is no UUID"
     scores = [content["values"]["loss"], content["values"]["val_loss"], *content["values"]["metrics"].values()]
     if any(not isinstance(s, _SCORE) or (isinstance(s, str) and s not in ("nan", "inf", "-inf")) for s in scores):
         return "a score is no number"
@@ -181,7 +186,12 @@ def _mismatch(found: dict[str, Any], expected: dict[str, tuple[type, ...]]) -> s
     if found.keys() != expected.keys():
         return f"fields {sorted(found.keys() ^ expected.keys())}"
     for name, types in expected.items():
-        flag_for_number = isinstance(found[name], bool) and types not in (_BOOL, _ANY)  # bool is a kind of int
-        if flag_for_number or not isinstance(found[name], types):
-            return f"{name} is a {type(found[name]).__name__}"
+        value = found[name]
+        flag_for_number = isinstance(value, bool) and types not in (_BOOL, _ANY)  # bool is a kind of int
+        if flag_for_number or not isinstance(value, types):
+            return f"{name} is a {type(value).__name__}"
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"{name} does not fit into 64 bits"
+        if isinstance(value, str) and value.encode("utf-8", "ignore").decode() != value:
+            return f"{name} is no valid text"
     return None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from model_checkpoint.errors import CheckpointNotFoundError, FormatVersionError, IntegrityError
-from model_checkpoint.integrity.hashing import digest_file
-from model_checkpoint.integrity.manifest import FILE_NAME, Manifest, parse_manifest
+from model_checkpoint.integrity.hashing import digest_file, open_to_read
+from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
 
 
 class ChecksumCalculator:
@@ -51,7 +52,7 @@ def read_manifest(folder: str, expected_digest: str | None = None) -> tuple[Mani
     """
     path = os.path.join(folder, FILE_NAME)
     try:
-        with open(path, "rb", opener=_no_follow) as file:
+        with open(path, "rb", opener=open_to_read) as file:
             manifest, digest = parse_manifest(file.read(), path)
     except OSError as error:
         raise IntegrityError(path, f"the manifest cannot be read ({error.strerror})") from error
@@ -60,10 +61,6 @@ def read_manifest(folder: str, expected_digest: str | None = None) -> tuple[Mani
     if os.path.basename(folder) != manifest.checkpoint_id:
         raise IntegrityError(path, "the manifest belongs to another checkpoint", None, manifest.checkpoint_id)
     return manifest, digest
-
-
-def _no_follow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def verify_folder(
@@ -82,26 +79,36 @@ def verify_folder(
         check = {"name": FILE_NAME, "ok": False, "expected": expected_digest, "actual": None, "problem": str(error)}
         return {"verified": False, "error": str(error), "size": 0, "files": [check]}
     checks = [{"name": FILE_NAME, "ok": True, "expected": digest, "actual": digest, "problem": None}]
-    for file in manifest.files:
-        path = os.path.join(folder, file.name)
-        actual, problem = None, None
-        try:
-            size = os.stat(path, follow_symlinks=False).st_size
-            actual = digest_file(path, on_bytes)
-            if size != file.size:
-                problem = f"{path} has {size} bytes, {file.size} were saved"
-            elif file.sha256 is not None and actual != file.sha256:
-                problem = f"{path} has SHA-256 {actual}, {file.sha256} was saved"
-        except OSError as error:
-            problem = f"{path} cannot be read: {error.strerror}"
-        ok = problem is None
-        checks.append({"name": file.name, "ok": ok, "expected": file.sha256, "actual": actual, "problem": problem})
+    checks += [_check_file(os.path.join(folder, file.name), file, on_bytes) for file in manifest.files]
     problems = [check["problem"] for check in checks if not check["ok"]]
     return {
         "verified": not problems,
         "error": problems[0] if problems else None,
         "size": manifest.size,
         "files": checks,
+    }
+
+
+def _check_file(path: str, file: FileEntry, on_bytes: Callable[[int], object] | None) -> dict[str, Any]:
+    actual, problem = None, None
+    try:
+        found = os.stat(path, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            problem = f"{path} is no file"
+        else:
+            actual = digest_file(path, on_bytes)
+            if found.st_size != file.size:
+                problem = f"{path} has {found.st_size} bytes, {file.size} were saved"
+            elif file.sha256 is not None and actual != file.sha256:
+                problem = f"{path} has SHA-256 {actual}, {file.sha256} was saved"
+    except OSError as error:
+        problem = f"{path} cannot be read: {error.strerror}"
+    return {
+        "name": file.name,
+        "ok": problem is None,
+        "expected": file.sha256,
+        "actual": actual,
+        "problem": problem,
     }
 
 

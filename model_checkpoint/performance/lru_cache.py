@@ -72,7 +72,8 @@ class LRUCache:
             self._entries.clear()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        with self._lock:
+            return len(self._entries)
 
     def stats(self) -> dict[str, float]:
         """Return ``size``, ``max_size``, ``hits``, ``misses``, ``evictions``, ``expired`` and ``hit_rate`` (0 to 1)."""

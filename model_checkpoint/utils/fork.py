@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from typing import Protocol
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
 
 class Forkable(Protocol):
@@ -20,19 +21,26 @@ class Forkable(Protocol):
         """Start afresh; threads of the parent do not exist here."""
 
 
-_objects: WeakSet[Forkable] = WeakSet()
+_objects: dict[int, ReferenceType[Forkable]] = {}  # in the order of their creation
+_numbers = count()
 _resting: list[Forkable] = []
 
 
 def watch(forkable: Forkable) -> None:
-    """Tell ``forkable`` of every fork from now on, for as long as it lives."""
-    _objects.add(forkable)
+    """Tell ``forkable`` of every fork from now on, for as long as it lives.
+
+    The newest rest first: an object that uses another is made after it, so locks are taken in the order of their use.
+    """
+    number = next(_numbers)
+    _objects[number] = ref(forkable, lambda _: _objects.pop(number, None))
 
 
 def _before() -> None:
-    for forkable in list(_objects):
-        forkable.before_fork()
-        _resting.append(forkable)
+    for _, reference in sorted(_objects.items(), reverse=True):
+        forkable = reference()
+        if forkable is not None:
+            forkable.before_fork()
+            _resting.append(forkable)
 
 
 def _after_in_parent() -> None:

@@ -446,7 +446,7 @@ for number in range(int(count)):
 
 def test_while_another_process_saves_the_best_that_is_read_never_gets_worse(bench: Bench) -> None:
     bench.first.save_checkpoint({"n": -1}, loss=2.0)
-    count = 20
+    count = 10
     where = [bench.url, str(bench.folder / "checkpoints"), bench.tracker.experiment_id, str(count)]
     process = subprocess.Popen([sys.executable, "-c", RACE, *where], cwd=ROOT)
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from model_checkpoint.checkpoint.retention import KeepBest, KeepLast
 from model_checkpoint.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
+    DatabaseError,
     ExperimentNotFoundError,
     FormatVersionError,
     IntegrityError,
@@ -477,6 +479,58 @@ print([row["epoch"] for row in manager.list_checkpoints()], manager.verify_exper
     command = [sys.executable, "-c", script, str(tmp_path), backend]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["True True True", "[] [1]", "[1, 3] 2"], done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_disk_without_space_is_named_and_earlier_checkpoints_stay(
+    tracker: ExperimentTracker, small_disk: Path, compressed: bool
+) -> None:
+    manager = EnhancedCheckpointManager(tracker, str(small_disk / "c"), enable_compression=compressed)
+    kept = manager.save_checkpoint(MODEL, epoch=1)
+    noise = {"w": array("Q", os.urandom(4 << 20))}
+    with pytest.raises(StorageError, match="free some space or lower max_checkpoints") as caught:
+        manager.save_checkpoint(noise, epoch=2)
+    assert caught.value.errno == errno.ENOSPC
+    assert str(small_disk) in caught.value.filename
+    assert folders(small_disk / "c") == [kept]
+    assert os.listdir(small_disk / "c" / ".engine" / "staging") == []
+    assert manager.load_checkpoint()["epoch"] == 1
+    manager.save_checkpoint({"w": array("Q", os.urandom(1 << 18))}, epoch=3)
+    assert manager.verify_experiment_integrity()["verified"] == 2
+
+
+def test_a_full_disk_below_the_database_is_a_database_error_and_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
+    tracker = ExperimentTracker("full", database_url=f"sqlite:///{small_disk}/e.db")
+    manager = EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+    kept = manager.save_checkpoint(MODEL, epoch=1)
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(os.urandom(4 << 20))
+
+    def save_until_it_is_full() -> None:
+        for epoch in range(2, 100):  # a few rows may still fit into pages that are there
+            manager.save_checkpoint(MODEL, epoch=epoch, notes="n" * 4000)
+
+    with pytest.raises(DatabaseError, match="nothing was stored"):
+        save_until_it_is_full()
+    filler.unlink()
+    saved = manager.save_checkpoint(MODEL, epoch=100)
+    listed = [row["checkpoint_id"] for row in manager.list_checkpoints()]
+    assert (listed[0], listed[-1]) == (kept, saved)
+    assert manager.verify_experiment_integrity()["failed"] == 0
+    tracker.close()
 
 
 def test_a_newer_checkpoint_directory_is_refused_unchanged(tracker: ExperimentTracker, tmp_path: Path) -> None:

@@ -33,12 +33,10 @@ class EncodedState(NamedTuple):
     Attributes:
         tree: component name (``model``, ``optimizer``, ...) -> its JSON tree.
         arrays: component name -> key -> the array; the memory is borrowed from the caller's objects.
-        kept: the caller's objects that the arrays borrow from, held so that no address is used twice.
     """
 
     tree: dict[str, Any]
     arrays: dict[str, dict[str, HostArray]]
-    kept: list[object]
 
     def to_json(self) -> bytes:
         """Return the tree as the bytes of ``state.json``."""
@@ -63,10 +61,10 @@ def encode(components: Mapping[str, object]) -> EncodedState:
     end = 0
     for layout, span, _ in placed:
         if layout.address < end:
-            merge_overlaps(encoder.arrays, placed)
+            merge_overlaps(encoder.arrays, placed, encoder.kept)
             break
         end = layout.address + span
-    return EncodedState(encoder.tree, encoder.arrays, encoder.kept)
+    return EncodedState(encoder.tree, encoder.arrays)
 
 
 _address = itemgetter(0)  # a Layout sorts by device, then address
@@ -88,7 +86,7 @@ class _Encoder:
         self.tree: dict[str, Any] = {}
         self.arrays: dict[str, dict[str, HostArray]] = {}
         self.component: dict[str, HostArray] = {}
-        self.kept: list[object] = []
+        self.kept: list[object] = []  # every array met, so that no address is used a second time while encoding
         self.placed: list[Placed] = []
         self._tied: dict[object, dict[str, Any]] = {}
         self._open: set[int] = set()

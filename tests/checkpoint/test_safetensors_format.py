@@ -373,7 +373,7 @@ def host_arrays(draw: Any) -> HostArray:
 
 
 class TestProperties:
-    @settings(deadline=None, max_examples=300, print_blob=True)
+    @settings(deadline=None, max_examples=200, print_blob=True)
     @given(st.integers(0, HEADER_LENGTH - 1), st.integers(0, 255))
     def test_a_changed_header_byte_is_refused_or_parses_to_arrays_that_tile_the_data(self, at: int, value: int) -> None:
         content = written(ORIGINAL)
@@ -400,7 +400,7 @@ class TestProperties:
         if arrays is not None:
             check_tiling(arrays, memoryview(data))
 
-    @settings(deadline=None, max_examples=300, print_blob=True)
+    @settings(deadline=None, max_examples=200, print_blob=True)
     @given(
         st.dictionaries(
             st.text(max_size=3) | st.sampled_from(["a", "__metadata__"]),

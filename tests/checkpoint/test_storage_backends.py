@@ -43,11 +43,8 @@ from model_checkpoint.errors import (
     UnsupportedValueError,
 )
 
-VARIANTS = [
-    f"{backend}-{compression}"
-    for backend in ("safetensors", "pytorch", "raw")
-    for compression in ("plain", "compressed")
-]
+BACKENDS = ["safetensors", "pytorch", "raw"]
+VARIANTS = [f"{backend}-{compression}" for backend in BACKENDS for compression in ("plain", "compressed")]
 
 TORCH_DTYPES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
@@ -84,15 +81,27 @@ def numpy_of(name: str) -> Any:
     return np.frombuffer(bytes([0, 1, 1]) if name == "bool" else patterns(dtype.itemsize), dtype)
 
 
-@pytest.fixture(params=VARIANTS)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    """A store of each backend, with and without compression."""
-    backend, compression = request.param.split("-")
+def open_store(folder: Path, backend: str, compressed: bool) -> Store:
     if backend == "pytorch" and torch is None:
         pytest.skip("torch is not installed")
     if backend == "raw":
         register_documented_backend()
-    made = Store(tmp_path, backend, enable_compression=compression == "compressed")
+    return Store(folder, backend, enable_compression=compressed)
+
+
+@pytest.fixture(params=VARIANTS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store of each backend, with and without compression."""
+    backend, compression = request.param.split("-")
+    made = open_store(tmp_path, backend, compression == "compressed")
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=BACKENDS)
+def uncompressed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """A store of each backend, for what comes before any byte is written."""
+    made = open_store(tmp_path, request.param, False)
     yield made
     made.close()
 
@@ -478,18 +487,18 @@ from model_checkpoint.hooks import HookEvent
 
 class Fresh:
     def state_dict(self):
-        state = {"array": array("d", [7.0]) * 300_000}
+        state = {"array": array("d", [7.0]) * 50_000}
         if torch is not None:
-            tensor = torch.full((300_000,), 7.0)
+            tensor = torch.full((50_000,), 7.0)
             state.update(torch=tensor, torch_part=tensor[10:])
         if np is not None:
-            values = np.full(300_000, 7.0)
+            values = np.full(50_000, 7.0)
             state.update(numpy=values, numpy_part=values[10:])
         return state
 
 def reuse_memory(context):
     gc.collect()
-    reuse_memory.kept = [bytearray(b"x" * size) for size in (1_200_000, 2_400_000) * 4]
+    reuse_memory.kept = [bytearray(b"x" * size) for size in (200_000, 400_000) * 8]
 
 register_documented_backend()
 for backend in ("safetensors", "raw") + (("pytorch",) if torch is not None else ()):
@@ -594,13 +603,13 @@ class TestRefusals:
         assert str(error).startswith(f"model.layers[1].fn: cannot store a {type(value).__module__}.")
         assert "state_dict()" in str(error)
 
-    def test_the_path_names_the_part_that_was_passed(self, store: Store) -> None:
-        assert self.refused(store, {}, optimizer={"a b": {3: len}}).path == "optimizer.a b[3]"
-        assert self.refused(store, {}, extra_state=len).path == "extra"
-        assert self.refused(store, {}, scheduler=({1, len},)).path.startswith("scheduler[0]")
+    def test_the_path_names_the_part_that_was_passed(self, uncompressed: Store) -> None:
+        assert self.refused(uncompressed, {}, optimizer={"a b": {3: len}}).path == "optimizer.a b[3]"
+        assert self.refused(uncompressed, {}, extra_state=len).path == "extra"
+        assert self.refused(uncompressed, {}, scheduler=({1, len},)).path.startswith("scheduler[0]")
 
     @needs_torch
-    def test_tensors_without_plain_memory_are_refused_by_path(self, store: Store) -> None:
+    def test_tensors_without_plain_memory_are_refused_by_path(self, uncompressed: Store) -> None:
         values = {
             "sparse": torch.eye(2).to_sparse(),
             "csr": torch.eye(2).to_sparse_csr(),
@@ -608,10 +617,10 @@ class TestRefusals:
             "nested": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
         }
         for name, value in values.items():
-            assert self.refused(store, {"ok": torch.ones(1), name: value}).path == f"model.{name}"
+            assert self.refused(uncompressed, {"ok": torch.ones(1), name: value}).path == f"model.{name}"
 
     @needs_numpy
-    def test_numpy_arrays_without_a_portable_form_are_refused_by_path(self, store: Store) -> None:
+    def test_numpy_arrays_without_a_portable_form_are_refused_by_path(self, uncompressed: Store) -> None:
         values = [
             np.array([object()]),
             np.array(["text"]),
@@ -621,35 +630,35 @@ class TestRefusals:
             np.str_("x"),
         ]
         for value in values:
-            assert self.refused(store, [value]).path == "model[0]"
+            assert self.refused(uncompressed, [value]).path == "model[0]"
 
-    def test_a_state_that_contains_itself_is_refused(self, store: Store) -> None:
-        error = self.refused(store, {"a": build_cycle()})
+    def test_a_state_that_contains_itself_is_refused(self, uncompressed: Store) -> None:
+        error = self.refused(uncompressed, {"a": build_cycle()})
         assert error.path == "model.a[0].inner"
         assert "contains itself" in str(error)
 
-    def test_an_object_that_is_its_own_state_is_refused(self, store: Store) -> None:
+    def test_an_object_that_is_its_own_state_is_refused(self, uncompressed: Store) -> None:
         class Endless:
             def state_dict(self) -> Endless:
                 return self
 
-        assert self.refused(store, {"a": Endless()}).path.startswith("model")
+        assert self.refused(uncompressed, {"a": Endless()}).path.startswith("model")
 
-    def test_the_same_list_twice_is_no_cycle(self, store: Store) -> None:
+    def test_the_same_list_twice_is_no_cycle(self, uncompressed: Store) -> None:
         shared = [1, 2]
-        assert store.round_trip({"a": shared, "b": [shared, shared]}) == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+        assert uncompressed.round_trip({"a": shared, "b": [shared, shared]}) == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
 
-    def test_a_state_nested_to_the_limit_loads_and_one_beyond_is_refused(self, store: Store) -> None:
+    def test_a_state_nested_to_the_limit_loads_and_one_beyond_is_refused(self, uncompressed: Store) -> None:
         for name, wrap in WRAPS.items():
             state = [b"array", nest(DEEPEST, wrap)]
-            assert exact(store.round_trip(state)) == exact(state), name
+            assert exact(uncompressed.round_trip(state)) == exact(state), name
             with pytest.raises(UnsupportedValueError, match="nested more than 100 levels deep"):
-                store.save([b"array", nest(DEEPEST + 1, wrap)])
+                uncompressed.save([b"array", nest(DEEPEST + 1, wrap)])
 
-    def test_nested_frozensets_load_or_are_refused(self, store: Store) -> None:
+    def test_nested_frozensets_load_or_are_refused(self, uncompressed: Store) -> None:
         for depth in (50, 90, 400):
             state = [b"array", nest(depth, lambda v: frozenset([v]))]
-            assert self.loads_or_is_refused(store, state)
+            assert self.loads_or_is_refused(uncompressed, state)
 
     def loads_or_is_refused(self, store: Store, state: object) -> bool:
         try:
@@ -658,25 +667,23 @@ class TestRefusals:
             return True
         return bool(store.load(checkpoint_id)["model_state_dict"] == state)
 
-    @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+    @pytest.mark.parametrize("wrap", [WRAPS["list"], WRAPS["ordered"]], ids=["list", "ordered"])
     def test_a_state_100_000_deep_is_refused(self, plain: Store, wrap: Callable[[Any], Any]) -> None:
         error = self.refused(plain, nest(100_000, wrap))
         assert "nested" in str(error)
         assert len(str(error)) < 1000
 
     @needs_torch
-    def test_a_class_in_place_of_its_object_is_refused_by_path(self, store: Store) -> None:
-        assert self.refused(store, {"net": torch.nn.Linear}).path == "model.net"
+    def test_a_class_in_place_of_its_object_is_refused_by_path(self, uncompressed: Store) -> None:
+        assert self.refused(uncompressed, {"net": torch.nn.Linear}).path == "model.net"
 
-    def test_a_save_that_was_refused_does_not_disturb_the_next(self, store: Store) -> None:
-        self.refused(store, {"fn": len})
-        assert store.round_trip({"w": b"1"}) == {"w": b"1"}
+    def test_a_save_that_was_refused_does_not_disturb_the_next(self, uncompressed: Store) -> None:
+        self.refused(uncompressed, {"fn": len})
+        assert uncompressed.round_trip({"w": b"1"}) == {"w": b"1"}
 
 
 class TestDamagedContent:
-    @pytest.mark.parametrize(
-        "content", [b"", b"{}", b"\x80\x02.", bytes(100), b"\xff" * 100, b"PK\x03\x04" + bytes(60)]
-    )
+    @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"PK\x03\x04" + bytes(60)])
     def test_nonsense_with_the_right_digest_is_an_integrity_error(
         self, store: Store, tmp_path: Path, content: bytes
     ) -> None:

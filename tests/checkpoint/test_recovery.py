@@ -337,7 +337,8 @@ def test_emptying_the_trash_that_was_killed_happened_or_can_be_repeated(
     ("place", "when"),
     [
         *(("rmtree", "before"), ("unlink", "after"), ("rename", "before"), ("rename", "after")),
-        *((f"transaction {n}", when) for n in (1, 2, 3, 4, 5) for when in ("before", "after")),
+        *((f"transaction {n}", "before") for n in (1, 2, 3, 4, 5)),
+        ("transaction 5", "after"),
     ],
 )
 def test_a_recovery_that_was_killed_is_finished_by_the_next(world: World, place: str, when: str) -> None:
@@ -832,15 +833,15 @@ def test_what_is_not_recognised_is_left_where_it_is(world: World, thing: str, da
     if database == "lost":
         world.lose_database()
     tree = world.tree()
-    for _ in range(2):
-        with world.open() as manager:
-            rows = manager.list_checkpoints()
-            assert [row["checkpoint_id"] for row in rows] == saved
-            assert [(row["status"], row["is_best_loss"]) for row in rows] == [("committed", True), ("committed", False)]
-            assert manager.list_trash() == []
-            assert manager.load_checkpoint(saved[0])["model_state_dict"] == MODEL
-        assert world.tree() == tree
-    with world.open() as manager:  # nor do saving, deleting and emptying the trash touch it
+    with world.open() as manager:
+        rows = manager.list_checkpoints()
+        assert [row["checkpoint_id"] for row in rows] == saved
+        assert [(row["status"], row["is_best_loss"]) for row in rows] == [("committed", True), ("committed", False)]
+        assert manager.list_trash() == []
+        assert manager.load_checkpoint(saved[0])["model_state_dict"] == MODEL
+    assert world.tree() == tree
+    with world.open() as manager:  # nor do opening again, saving, deleting and emptying the trash touch it
+        assert [row["checkpoint_id"] for row in manager.list_checkpoints()] == saved
         manager.delete_checkpoint(saved[0])
         manager.delete_checkpoint(saved[1])
         manager.empty_trash()

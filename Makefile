@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-# ruff formats the Python blocks of Markdown files too; the specification stays as it is, word for word.
-FORMAT := $(BIN)/ruff format --exclude docs/specification.md
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint fmt bench-scale clean
@@ -21,12 +19,12 @@ test: lint ## lint, then the fast tests, then the slow ones
 
 lint: $(VENV)/.dev ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
-	$(FORMAT) --check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 fmt: $(VENV)/.dev ## format the code and apply the safe fixes
-	$(FORMAT)
+	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 bench-scale: $(VENV)/.dev ## measure how saving, listing and retention scale (benchmarks/scale.py)

@@ -17,8 +17,8 @@ def merge_overlaps(arrays: dict[str, dict[str, HostArray]], placed: list[Placed]
     """Replace arrays whose memory overlaps by the memory that they cover, and their tree nodes by views of it.
 
     Only overlapping arrays of one library and dtype in host memory are merged; parts of one allocation that lie side
-    by side stay arrays of their own, and so do views so sparse that the memory they span is larger than they are, such as
-    two overlapping column ranges of a wide matrix: those come back apart.
+    by side stay arrays of their own. So do views so sparse that the memory they span is larger than they are, such as
+    overlapping column ranges of a wide matrix: those come back apart.
 
     Args:
         arrays: component -> key -> array; changed in place.

@@ -36,7 +36,7 @@ def watch(forkable: Forkable) -> None:
 
 
 def _before() -> None:
-    for _, reference in sorted(_objects.items(), reverse=True):
+    for _, reference in sorted(_objects.copy().items(), reverse=True):
         forkable = reference()
         if forkable is not None:
             forkable.before_fork()

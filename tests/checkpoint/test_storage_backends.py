@@ -35,6 +35,7 @@ from helpers_storage import (
 )
 
 from model_checkpoint import EnhancedCheckpointManager, register_storage_backend
+from model_checkpoint.checkpoint import storage
 from model_checkpoint.checkpoint.storage import PlannedFile, StorageBackend
 from model_checkpoint.errors import (
     ConfigurationError,
@@ -81,11 +82,16 @@ def numpy_of(name: str) -> Any:
     return np.frombuffer(bytes([0, 1, 1]) if name == "bool" else patterns(dtype.itemsize), dtype)
 
 
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone with it; the document's backend stays."""
+    register_documented_backend()
+    monkeypatch.setattr(storage, "_BACKENDS", dict(storage._BACKENDS))
+
+
 def open_store(folder: Path, backend: str, compressed: bool) -> Store:
     if backend == "pytorch" and torch is None:
         pytest.skip("torch is not installed")
-    if backend == "raw":
-        register_documented_backend()
     return Store(folder, backend, enable_compression=compressed)
 
 
@@ -709,7 +715,6 @@ class TestSingleParts:
     @pytest.fixture(params=["safetensors", "raw"])
     def parted(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
         """A store of a backend with one file for each part."""
-        register_documented_backend()
         made = Store(tmp_path, request.param)
         yield made
         made.close()
@@ -868,7 +873,6 @@ class TestRegistry:
         assert issubclass(register_documented_backend()["RawBackend"], StorageBackend)
 
     def test_an_unknown_backend_is_refused_with_those_that_are_known(self, tmp_path: Path) -> None:
-        register_documented_backend()
         with pytest.raises(UnknownBackendError, match=r"'zipp'.*pytorch, raw, safetensors") as caught:
             Store(tmp_path, "zipp")
         assert caught.value.name == "zipp"
@@ -930,7 +934,6 @@ class TestRegistry:
         store.close()
 
     def test_loading_without_the_backend_says_so_and_leaves_the_checkpoint_committed(self, tmp_path: Path) -> None:
-        register_documented_backend()
         store = Store(tmp_path, "raw")
         checkpoint_id = store.save({"w": b"1"})
         program = """

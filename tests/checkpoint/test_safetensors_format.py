@@ -59,7 +59,7 @@ def entry(dtype: str, shape: Any, begin: Any, end: Any) -> dict[str, Any]:
 
 def written(arrays: dict[str, HostArray]) -> memoryview:
     """Return the file that we write for ``arrays``."""
-    planned = SafeTensorsBackend().plan(EncodedState({}, {"model": arrays}, []), 1 << 40)
+    planned = SafeTensorsBackend().plan(EncodedState(tree={}, arrays={"model": arrays}), 1 << 40)
     if not planned:
         return build(b"{}")
     sink = io.BytesIO()

@@ -26,7 +26,7 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.35rem .75rem .35rem 0;border-bottom:1px solid #8884}
 td{vertical-align:top;overflow-wrap:anywhere}
 .tag{border:1px solid #8888;border-radius:1rem;padding:.1rem .6rem;margin-right:.4rem;font-size:.85rem}
-figure{margin:1.5rem 0}figcaption{font-weight:600}
+figure{margin:1.5rem 0}figcaption{font-weight:600}small{font-weight:400;opacity:.7;margin-left:.5rem}
 svg{width:100%;height:auto}
 .line{fill:none;stroke:#3273dc;stroke-width:2;vector-effect:non-scaling-stroke}
 .axis{stroke:#8886;stroke-width:1}text{font-size:12px;fill:currentColor}
@@ -115,24 +115,25 @@ def _chart(name: str, points: Metrics) -> str:
     finite = [(x, y) for x, y in values if y - y == 0]
     stride = -(-len(finite) // _MAX_POINTS) or 1
     finite = [pair for i, pair in enumerate(finite) if i % stride == 0 or i == len(finite) - 1]
-    last = _number(points[-1]["metric_value"])
-    caption = f"<figcaption>{html.escape(name)}: {last} after {len(points):,} points</figcaption>"
+    facts = f"last {_number(points[-1]['metric_value'])}, {len(points):,} points"
     if not finite:
-        return f"<figure>{caption}<p>No finite value.</p></figure>"
+        return f"<figure><figcaption>{html.escape(name)}</figcaption><p>No finite value: {facts}.</p></figure>"
     (low_x, high_x), (low_y, high_y) = [(min(values), max(values)) for values in zip(*finite)]
+    facts = f"{facts}, from {_number(low_y)} to {_number(high_y)}"
     wide, high = (high_x - low_x) or 1.0, (high_y / 2 - low_y / 2) or 1.0  # halves: the difference may overflow
     line = " ".join(
         f"{(x - low_x) / wide * _WIDTH:.1f},{_HEIGHT - (y / 2 - low_y / 2) / high * _HEIGHT:.1f}" for x, y in finite
     )
     if len(finite) == 1:
         line = f"0,{_HEIGHT} {_WIDTH},{_HEIGHT}"
+    unit = "step" if points[0]["step"] is not None else "point"
     return (
-        f'<figure>{caption}<svg viewBox="-4 -16 {_WIDTH + 8} {_HEIGHT + 40}" role="img" '
-        f'aria-label="{html.escape(name)}">'
+        f"<figure><figcaption>{html.escape(name)} <small>{facts}</small></figcaption>"
+        f'<svg viewBox="-4 -4 {_WIDTH + 8} {_HEIGHT + 24}" role="img" aria-label="{html.escape(name)}">'
         f'<line class="axis" x1="0" y1="{_HEIGHT}" x2="{_WIDTH}" y2="{_HEIGHT}"/>'
         f'<polyline class="line" points="{line}"/>'
-        f'<text x="0" y="-4">{_number(high_y)}</text><text x="0" y="{_HEIGHT + 16}">{low_x:g} · {_number(low_y)}</text>'
-        f'<text x="{_WIDTH}" y="{_HEIGHT + 16}" text-anchor="end">{high_x:g}</text></svg></figure>'
+        f'<text x="0" y="{_HEIGHT + 16}">{unit} {low_x:g}</text>'
+        f'<text x="{_WIDTH}" y="{_HEIGHT + 16}" text-anchor="end">{unit} {high_x:g}</text></svg></figure>'
     )
 
 

@@ -268,7 +268,7 @@ def test_hostile_text_anywhere_is_shown_and_never_becomes_markup(tmp_path: Path,
         page = html_of(run, tmp_path)
         content = json_of(run, tmp_path)
     harmless = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "span", "table", "tr", "th", "td"}
-    harmless |= {"figure", "figcaption", "svg", "line", "polyline", "text", "circle", "g", "path"}
+    harmless |= {"figure", "figcaption", "svg", "line", "polyline", "text", "circle", "small", "g", "path"}
     assert {tag for tag, _ in page.elements} <= harmless
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)

@@ -570,6 +570,7 @@ torch.load(trap, weights_only=False)  # the trap is real: read without care, it 
 print(os.path.exists(canary))
 """
 
+    @pytest.mark.slow
     def test_no_code_of_a_checkpoint_runs(self, tmp_path: Path) -> None:
         canary = tmp_path / "canary"
         evil = Canary(canary)

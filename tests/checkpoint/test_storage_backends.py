@@ -135,6 +135,7 @@ def data_size(store: Store, checkpoint_id: str) -> int:
 
 class TestArraysRoundTripBitForBit:
     @needs_torch
+    @pytest.mark.filterwarnings("ignore:ComplexHalf")
     def test_every_torch_dtype_keeps_every_bit_pattern(self, store: Store) -> None:
         state = {name: torch_of(name) for name in TORCH_DTYPES if hasattr(torch, name)}
         loaded = store.round_trip(state)
@@ -484,6 +485,14 @@ class TestSharedMemory:
         assert data_size(store, checkpoint_id) < 10_000
         assert exact(store.load(checkpoint_id)["model_state_dict"]["far"]) == exact(pool[90_000:90_010])
 
+    @needs_torch
+    def test_columns_of_a_large_matrix_do_not_drag_in_the_matrix(self, store: Store) -> None:
+        matrix = torch.rand(300, 300, generator=torch.manual_seed(1))  # 360,000 bytes, a column 1,200
+        state = {"first": matrix[:, 0], "second": matrix[:, 1]}
+        checkpoint_id = store.save(state)
+        assert data_size(store, checkpoint_id) < 20_000
+        assert exact(store.load(checkpoint_id)["model_state_dict"]) == exact(state)
+
 
 VIEWS_OF_FRESH_MEMORY = """
 import gc, os, sys
@@ -515,6 +524,7 @@ for backend in ("safetensors", "raw") + (("pytorch",) if torch is not None else 
 """
 
 
+@pytest.mark.slow
 def test_arrays_that_only_the_state_holds_are_kept_until_they_are_written(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
@@ -615,6 +625,7 @@ class TestRefusals:
         assert self.refused(uncompressed, {}, scheduler=({1, len},)).path.startswith("scheduler[0]")
 
     @needs_torch
+    @pytest.mark.filterwarnings("ignore:Sparse CSR")
     def test_tensors_without_plain_memory_are_refused_by_path(self, uncompressed: Store) -> None:
         values = {
             "sparse": torch.eye(2).to_sparse(),

@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
-from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError
+from model_checkpoint.checkpoint.storage.safetensors_backend import SafeTensorsBackend
+from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, LockTimeoutError
 from model_checkpoint.hooks import HookContext, HookEvent
 
 ROOT = Path(__file__).parents[2]
@@ -392,6 +393,30 @@ def test_verification_goes_on_when_a_checkpoint_is_deleted_meanwhile(manager: En
         at(manager, HookEvent.BEFORE_INTEGRITY_CHECK, lambda _: other.delete_checkpoint(doomed))
         outcome = manager.verify_experiment_integrity()
     assert (outcome["failed"], list(outcome["checkpoint_results"])) == (0, others)
+
+
+@pytest.mark.parametrize("reading", ["load", "verify"])
+def test_nothing_is_removed_while_it_is_read(
+    manager: EnhancedCheckpointManager, monkeypatch: pytest.MonkeyPatch, reading: str
+) -> None:
+    saved = manager.save_checkpoint(state_of(1), epoch=1)
+    monkeypatch.setattr("model_checkpoint.checkpoint.removal._PATIENCE", 0.05)
+    refused = []
+    with other_manager(manager) as other:
+
+        def delete_meanwhile(*_: object) -> None:
+            with pytest.raises(LockTimeoutError):
+                other.delete_checkpoint(saved)
+            refused.append(True)
+
+        if reading == "verify":
+            assert manager.verify_experiment_integrity(on_bytes=delete_meanwhile)["verified"] == 1
+        else:
+            read = SafeTensorsBackend.read
+            monkeypatch.setattr(SafeTensorsBackend, "read", lambda *told: (delete_meanwhile(), read(*told))[1])
+            assert manager.load_checkpoint(saved)["model_state_dict"] == state_of(1)
+        assert refused
+        assert other.delete_checkpoint(saved)
 
 
 def test_of_two_deletions_of_one_checkpoint_neither_does_harm(manager: EnhancedCheckpointManager) -> None:

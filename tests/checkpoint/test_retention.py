@@ -134,6 +134,17 @@ def test_more_protected_ones_than_the_maximum_all_stay_and_all_others_go() -> No
     assert kept(plan_by_count(records, 2, 5, ALL)) == "0 2 3 5"
 
 
+def test_a_corrupt_checkpoint_neither_goes_nor_counts_nor_is_the_newest() -> None:
+    corrupt = {"status": "corrupt", "epoch": 1}
+    records = history(corrupt, {"epoch": 5}, {"epoch": 2}, {"epoch": 3}, corrupt)
+    damaged = "corrupt: a copy of its files may bring it back"
+    assert plan_by_count(records, 3, 5, ALL).removed == {}
+    assert plan_by_count(records, 1, 5, ALL).kept == {"0": damaged, "3": "the newest", "4": damaged}
+    plan = plan_by_policy(records, KeepLast(2), ALL, NOW)
+    assert plan.kept == {"0": damaged, "2": "one of the last 2", "3": "the newest", "4": damaged}
+    assert kept(plan_by_policy(history(corrupt, corrupt), KeepTypes(()), ALL, NOW)) == "0 1"
+
+
 def test_the_reason_for_a_removal_names_the_rule() -> None:
     assert plan_by_count(epochs(5, 6, 7), 1, 5, NOTHING).removed == {
         "1": "more than 1 checkpoints; epoch is no multiple of 5, oldest first",
@@ -344,6 +355,7 @@ ROWS = st.fixed_dictionaries(
         "pinned": st.sampled_from([False, False, False, True]),
         "best": st.sampled_from([frozenset(), frozenset(), frozenset({"loss"}), frozenset({"metrics.f1"})]),
         "checkpoint_type": st.sampled_from(["regular", "regular", "milestone", "other"]),
+        "status": st.sampled_from(["committed", "committed", "committed", "corrupt"]),
     }
 )
 HISTORIES = st.lists(ROWS, max_size=30).map(lambda rows: history(*rows))
@@ -366,10 +378,12 @@ POLICIES = st.recursive(SIMPLE, lambda inner: st.builds(lambda one, other: one |
 def is_protected(records: Sequence[CheckpointRecord], place: int, protection: Protection) -> bool:
     """Say what the words of the contract say, without a look at the code under test."""
     one = records[place]
+    later = [other for other in records[place + 1 :] if other.status != "corrupt"]
     return (
-        one.pinned
+        one.status == "corrupt"
+        or one.pinned
         or (protection.save_best and bool(one.best))
-        or (protection.save_last and place == len(records) - 1)
+        or (protection.save_last and not later)
         or one.checkpoint_type in protection.protected_types
     )
 
@@ -380,7 +394,7 @@ def test_the_default_rule_is_the_one_that_its_words_describe(
     records: list[CheckpointRecord], most: int, frequency: int, protection: Protection
 ) -> None:
     left = list(range(len(records)))
-    while len(left) > most:  # remove one after the other, as a person would
+    while sum(records[place].status != "corrupt" for place in left) > most:  # one after the other, as a person would
         free = [place for place in left if not is_protected(records, place, protection)]
         passing = [place for place in free if records[place].epoch % frequency]
         if not free:
@@ -395,9 +409,10 @@ def test_the_default_rule_is_the_one_that_its_words_describe(
 def test_the_default_rule_leaves_the_maximum_or_the_protected_whichever_is_more(
     records: list[CheckpointRecord], most: int, frequency: int, protection: Protection
 ) -> None:
-    protected = sum(is_protected(records, place, protection) for place in range(len(records)))
+    sound = [place for place, one in enumerate(records) if one.status != "corrupt"]
+    protected = sum(is_protected(records, place, protection) for place in sound)
     plan = plan_by_count(records, most, frequency, protection)
-    assert len(plan.kept) == min(len(records), max(most, protected))
+    assert len(plan.kept) == min(len(sound), max(most, protected)) + len(records) - len(sound)
 
 
 @quick

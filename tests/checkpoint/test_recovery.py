@@ -717,6 +717,16 @@ def test_a_checkpoint_that_was_repaired_is_committed_again_when_it_is_verified(w
         assert [(row["status"], row["is_best_loss"]) for row in manager.list_checkpoints()] == [("committed", True)]
 
 
+def test_a_corrupt_checkpoint_that_was_deleted_and_undeleted_still_counts_as_corrupt(world: World) -> None:
+    (broken,) = world.save({"loss": 1.0})
+    flip_last_byte(world.published(broken) / "model.safetensors")  # of the same length: only hashing finds it
+    with world.open() as manager:
+        assert manager.verify_experiment_integrity()["failed"] == 1
+        manager.delete_checkpoint(broken)
+        manager.undelete(broken)
+        assert [row["status"] for row in manager.list_checkpoints()] == ["corrupt"]
+
+
 # What recovery does not know is left alone
 
 

@@ -16,7 +16,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-quick = settings(deadline=None, max_examples=60)  # no deadline: the machine that runs this may be busy
+quick = settings(deadline=None, max_examples=40)  # no deadline: the machine that runs this may be busy
 
 NAN, INF = math.nan, math.inf
 

@@ -333,6 +333,7 @@ def test_emptying_the_trash_that_was_killed_happened_or_can_be_repeated(
         assert manager.load_checkpoint(kept)["model_state_dict"] == MODEL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "when"),
     [

@@ -745,6 +745,51 @@ def test_children_forked_while_a_thread_writes_can_write(path: Path) -> None:
     assert done.stdout.splitlines() == [str([0] * 5), "5"], done.stderr
 
 
+FORK_THEN_CLOSE = """
+import os, sys
+from array import array
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+
+folder = sys.argv[1]
+tracker = ExperimentTracker("fork", database_url=f"sqlite:///{folder}/e.db")
+manager = EnhancedCheckpointManager(tracker, folder + "/c")
+manager.save_checkpoint({"n": 0})
+saved, say_saved = os.pipe()
+closed, say_closed = os.pipe()
+child = os.fork()
+if child == 0:
+    manager.save_checkpoint({"n": 1})
+    os.write(say_saved, b"1")
+    os.read(closed, 1)
+    manager.save_checkpoint({"n": 2})
+    tracker.log_metric("loss", 0.5)
+    tracker.flush()
+    manager.delete_checkpoint(manager.list_checkpoints()[0]["checkpoint_id"])
+    os._exit(0)
+os.read(saved, 1)
+tracker.close()
+os.write(say_closed, b"1")
+print(os.waitpid(child, 0)[1], tracker.experiment_id)
+"""
+
+
+def test_what_a_forked_child_stores_survives_that_the_parent_closes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_THEN_CLOSE, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    code, experiment = done.stdout.split() or ("", "")
+    assert code == "0", done.stderr
+    database = EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/e.db")
+    assert [value for _, value, *_ in database.experiments.points(experiment)] == [0.5]
+    found = database.checkpoints.of_experiment(experiment)
+    assert [record.sequence for record in found] == [2, 3]
+    database.close()
+
+
 # --- closing ----------------------------------------------------------------------------------------------------
 
 

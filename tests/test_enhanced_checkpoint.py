@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -387,6 +388,41 @@ def test_an_unknown_checkpoint_type_lists_the_known_ones(manager: EnhancedCheckp
     assert caught.value.checkpoint_type == "bset_loss"
 
 
+def test_what_is_no_id_is_not_found(manager: EnhancedCheckpointManager) -> None:
+    manager.save_checkpoint(MODEL)
+    for wrong in ("", "x", "\ud800", 5, [], b""):  # an empty text must not mean the latest
+        with pytest.raises(CheckpointNotFoundError, match=r"^Checkpoint not found"):
+            manager.load_checkpoint(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UnknownCheckpointTypeError):
+        manager.load_checkpoint(checkpoint_type=None)  # type: ignore[arg-type]
+
+
+def test_a_policy_that_fails_never_makes_a_save_look_failed(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    class Broken:
+        def keeps(self, records: object, now: float) -> dict[str, str]:
+            raise RuntimeError("no idea")
+
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c", retention_policy=Broken())
+    saved = [manager.save_checkpoint(MODEL, epoch=epoch) for epoch in range(2)]
+    assert [row["checkpoint_id"] for row in manager.list_checkpoints()] == saved
+
+
+def test_a_read_only_directory_can_be_loaded_from_and_says_so_when_saved_to(small_disk: Path, tmp_path: Path) -> None:
+    with ExperimentTracker("archive", database_url=f"sqlite:///{tmp_path}/old.db") as tracker:
+        manager = EnhancedCheckpointManager(tracker, small_disk / "c")
+        saved = manager.save_checkpoint(MODEL, epoch=3)
+        experiment = tracker.experiment_id
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    manager = EnhancedCheckpointManager(None, small_disk / "c", database_url=f"sqlite:///{tmp_path}/new.db")
+    assert manager.load_checkpoint(experiment_id=experiment)["epoch"] == 3
+    assert manager.verify_experiment_integrity(experiment)["verified"] == 1
+    with pytest.raises(StorageError) as caught:
+        manager.save_checkpoint(MODEL, experiment_id=experiment)
+    assert caught.value.errno == errno.EROFS
+    assert [row["checkpoint_id"] for row in manager.list_checkpoints(experiment)] == [saved]
+    manager.close()
+
+
 @pytest.mark.parametrize("label", ["latest", "best_loss", "best:f1", "", "a b", "../x", "x" * 65, 5])
 def test_a_label_that_cannot_be_one_is_refused(manager: EnhancedCheckpointManager, label: Any) -> None:
     with pytest.raises(ConfigurationError, match="checkpoint_type"):
@@ -408,15 +444,22 @@ def test_an_unknown_backend_lists_the_known_ones(tracker: ExperimentTracker, tmp
         {"save_frequency": 0},
         {"max_shard_size": 0},
         {"cache_size": 0},
+        {"cache_size": None},
+        {"experiment_tracker": "my_run"},
+        {"retention_policy": 5},
+        {"best_metrics": ["f1"]},
+        {"checkpoint_dir": "a\0b"},
+        {"checkpoint_dir": 5},
+        {"checkpoint_dir": ""},
         {"best_metrics": {"f1": "up"}},
         {"protected_types": "milestone"},
         {"database_url": "sqlite:///other.db"},
     ],
 )
 def test_a_wrong_argument_is_named(tracker: ExperimentTracker, tmp_path: Path, arguments: dict[str, Any]) -> None:
-    name = "max_size" if "cache_size" in arguments else next(iter(arguments))
-    with pytest.raises(ConfigurationError, match=name):
-        EnhancedCheckpointManager(tracker, str(tmp_path / "c"), **arguments)
+    given = {"experiment_tracker": tracker, "checkpoint_dir": tmp_path / "c", **arguments}
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+        EnhancedCheckpointManager(**given)
 
 
 def test_what_cannot_be_stored_is_refused_by_path_and_leaves_nothing(
@@ -431,8 +474,10 @@ def test_what_cannot_be_stored_is_refused_by_path_and_leaves_nothing(
         manager.save_checkpoint(MODEL, metrics={"f1": "high"})
     with pytest.raises(TypeError, match="loss"):
         manager.save_checkpoint(MODEL, loss=[1.0])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"epoch.*must be an integer"):
         manager.save_checkpoint(MODEL, epoch=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"metrics.*must be a dict"):
+        manager.save_checkpoint(MODEL, metrics=[("f1", 0.5)])  # type: ignore[arg-type]
     assert folders(tmp_path / "checkpoints") == [kept]
     assert os.listdir(tmp_path / "checkpoints" / ".engine" / "staging") == []
 
@@ -544,6 +589,47 @@ def test_a_newer_checkpoint_directory_is_refused_unchanged(tracker: ExperimentTr
     stamp.write_text("{")
     with pytest.raises(ConfigurationError, match="damaged"):
         EnhancedCheckpointManager(tracker, str(tmp_path / "c"))
+
+
+def test_a_directory_without_its_engine_folder_opens_and_keeps_its_checkpoints(
+    tracker: ExperimentTracker, tmp_path: Path
+) -> None:
+    ids = [EnhancedCheckpointManager(tracker, tmp_path / "c").save_checkpoint(MODEL, epoch=e, loss=e) for e in (1, 2)]
+    shutil.copytree(tmp_path / "c", tmp_path / "copy", ignore=shutil.ignore_patterns(".engine"))
+    shutil.rmtree(tmp_path / "c" / ".engine")
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    assert [(row["checkpoint_id"], row["is_best_loss"]) for row in manager.list_checkpoints()] == [
+        (ids[0], True),
+        (ids[1], False),
+    ]
+    copy = EnhancedCheckpointManager(tracker, tmp_path / "copy")  # the database has them elsewhere, and there they are
+    assert copy.list_checkpoints() == []
+    assert len(folders(tmp_path / "copy")) == 2
+    shutil.rmtree(tmp_path / "c")
+    assert EnhancedCheckpointManager(tracker, tmp_path / "copy").load_checkpoint()["epoch"] == 2
+
+
+def test_folders_that_vanish_under_an_open_manager_do_not_stop_it(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    manager.save_checkpoint(MODEL, epoch=1)
+    shutil.rmtree(tmp_path / "c" / tracker.experiment_id)
+    manager.save_checkpoint(MODEL, epoch=2)
+    assert manager.load_checkpoint()["epoch"] == 2
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(StorageError, match="removed or unmounted"):
+        manager.save_checkpoint(MODEL, epoch=3)
+
+
+def test_while_the_best_is_corrupt_the_best_that_loads_is_kept_too(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c", max_checkpoints=2, save_frequency=1)
+    best, second = (manager.save_checkpoint(MODEL, epoch=epoch, loss=epoch) for epoch in (1, 2))
+    (file,) = (tmp_path / "c").glob(f"*/{best}/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert manager.verify_experiment_integrity()["failed"] == 1
+    for epoch in (3, 4, 5):
+        manager.save_checkpoint(MODEL, epoch=epoch, loss=epoch)
+    assert [row["epoch"] for row in manager.list_checkpoints()] == [1, 2, 5]
+    assert manager.retention_plan().kept[second] == "best loss"
 
 
 def test_a_checkpoint_in_another_directory_is_pointed_at(tracker: ExperimentTracker, tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from model_checkpoint.checkpoint.catalog import NAMED_TYPES
-from model_checkpoint.errors import ConfigurationError
+from model_checkpoint.errors import ConfigurationError, UnsupportedValueError
 from model_checkpoint.utils.jsonable import to_number
 
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
@@ -34,7 +34,21 @@ def label(text: str) -> str:
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return metrics as floats by name; raises ConfigurationError for a name, UnsupportedValueError for a value."""
+    if not isinstance(metrics, Mapping):
+        raise UnsupportedValueError("metrics", metrics, "it must be a dict of names and numbers")
     for name in metrics:
         if not isinstance(name, str):
             raise ConfigurationError(f"metrics has a name that is no text: {name!r}")
     return {name: to_number(value, f"metrics.{name}") for name, value in metrics.items()}
+
+
+def check_constructor(tracker: object, policy: object, protected_types: object, best_metrics: object) -> None:
+    """Raise ConfigurationError unless the arguments of these names are of the kinds that they should be."""
+    if tracker is not None and not (hasattr(tracker, "experiment_id") and hasattr(tracker, "database")):
+        raise ConfigurationError(f"experiment_tracker must be an ExperimentTracker or None, not {tracker!r}")
+    if policy is not None and not callable(getattr(policy, "keeps", None)):
+        raise ConfigurationError(f"retention_policy must have keeps(), as KeepLast(3) has; {policy!r} does not")
+    if isinstance(protected_types, str) or not isinstance(protected_types, Collection):
+        raise ConfigurationError(f"protected_types must be a list of types, not {protected_types!r}")
+    if best_metrics is not None and not isinstance(best_metrics, Mapping):
+        raise ConfigurationError(f"best_metrics must be a dict such as {{'f1': 'max'}}, not {best_metrics!r}")

@@ -5,7 +5,8 @@ A criterion is ``loss``, ``val_loss`` or ``metrics.<name>``. NaN is never best, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import ConfigurationError
@@ -70,3 +71,16 @@ def elect(records: Iterable[CheckpointRecord], overrides: Mapping[str, str]) -> 
         taken = flags_taken(record, {criterion: value for criterion, (_, value) in best.items()}, overrides)
         best.update({criterion: (record.id, value) for criterion, value in taken.items()})
     return best
+
+
+def with_sound_holders(records: Sequence[CheckpointRecord], overrides: Mapping[str, str]) -> list[CheckpointRecord]:
+    """Return the records, with flags added to the best that can be loaded where a holder is corrupt.
+
+    So retention keeps both: the holder, whose files may come back, and the best of the rest.
+    """
+    if not any(record.best and record.status == "corrupt" for record in records):
+        return list(records)
+    sound: dict[str, set[str]] = {}
+    for criterion, (holder, _) in elect((r for r in records if r.status != "corrupt"), overrides).items():
+        sound.setdefault(holder, set()).add(criterion)
+    return [replace(record, best=record.best | sound.get(record.id, set())) for record in records]

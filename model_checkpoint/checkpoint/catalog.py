@@ -24,6 +24,7 @@ from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity import CheckpointVerifier
 from model_checkpoint.integrity.verification import summarise
 from model_checkpoint.performance import LRUCache
+from model_checkpoint.utils.names import is_id
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,8 @@ class CheckpointCatalog:
         return entry[1]
 
     def _record(self, checkpoint_id: str) -> CheckpointRecord:
+        if not is_id(checkpoint_id):
+            raise CheckpointNotFoundError(repr(checkpoint_id), "ids are what save_checkpoint() returned, UUIDs as text")
         record = self._cached(
             ("record", checkpoint_id), lambda: self._db.checkpoints.get(self._directory.store_id, checkpoint_id)
         )
@@ -173,7 +176,11 @@ class CheckpointCatalog:
             raise CheckpointNotFoundError(checkpoint_id, f"list_checkpoints() shows those in {self._directory.path}")
         return record  # type: ignore[no-any-return]
 
-    def _resolve(self, experiment_id: str, checkpoint_type: str) -> str:
+    def _resolve(self, experiment_id: str | None, checkpoint_type: str) -> str:
+        if not is_id(experiment_id):
+            raise ExperimentNotFoundError(f"experiment {experiment_id!r} is not in {self._db!r}: ids are UUIDs as text")
+        if not isinstance(checkpoint_type, str):
+            raise UnknownCheckpointTypeError(checkpoint_type, NAMED_TYPES)
         found = self._cached(
             ("resolve", experiment_id, checkpoint_type), lambda: self._look_up(experiment_id, checkpoint_type)
         )
@@ -187,7 +194,7 @@ class CheckpointCatalog:
         if self._criterion(experiment_id, checkpoint_type) is None and checkpoint_type != "latest":
             labels = {r.checkpoint_type for r in self._db.checkpoints.records(store, experiment_id)}
             raise UnknownCheckpointTypeError(checkpoint_type, [*NAMED_TYPES, *sorted(labels)])
-        elsewhere = self._db.checkpoints.elsewhere(store, experiment_id)
+        elsewhere = self._db.checkpoints.elsewhere(store, experiment_id, self._directory.path)
         advice = f"it has checkpoints in {', '.join(elsewhere)}; open that directory" if elsewhere else "save one first"
         raise CheckpointNotFoundError(
             f"{checkpoint_type} of experiment {experiment_id} in {self._directory.path}", advice

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -49,11 +50,12 @@ class CheckpointDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ConfigurationError(f"checkpoint_dir must be the path of a directory, not {path!r}")
         self.path = os.path.abspath(os.fspath(path))
         self._engine = os.path.join(self.path, ".engine")
         self._staging = os.path.join(self._engine, "staging")
         self._trash = os.path.join(self._engine, "trash")
-        self._known: set[str] = set()  # experiment folders that exist, durably
         try:
             for folder in (self._staging, self._trash):
                 os.makedirs(folder, exist_ok=True)
@@ -64,6 +66,8 @@ class CheckpointDirectory:
             raise ConfigurationError(
                 f"checkpoint_dir {self.path}: {error.filename} is a file; choose another directory or move it away"
             ) from error
+        except ValueError as error:  # NUL or half a surrogate pair
+            raise ConfigurationError(f"checkpoint_dir {path!r} cannot be a path: {error}") from error
         except OSError as error:
             advice = "choose a checkpoint_dir that you may write to, on a disk with space"
             raise StorageError("open the checkpoint directory", self.path, error, advice) from error
@@ -128,8 +132,17 @@ class CheckpointDirectory:
             _let_go(descriptor)
 
     def _open_lock(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(os.path.join(self._engine, "gc.lock"), flags, 0o644)
+        path = os.path.join(self._engine, "gc.lock")
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES) and os.path.exists(path):
+                return os.open(path, flags | os.O_RDONLY)  # an archive: what only reads can still take turns
+            advice = "check its permissions"
+            if error.errno == errno.ENOENT:
+                advice = "it was removed or unmounted; make a new EnhancedCheckpointManager to start it again"
+            raise StorageError("lock the checkpoint directory", path, error, advice) from error
 
     def folder(self, experiment_id: str, checkpoint_id: str) -> str:
         """Return the path of a published checkpoint; both ids are our own UUIDs, never text from outside."""
@@ -171,10 +184,11 @@ class CheckpointDirectory:
             manifest, digest = manifest_of(entries)
             write_file(os.path.join(staging, FILE_NAME), methodcaller("write", manifest), hashed=False)
             _sync_folder(staging)
-            if experiment_id not in self._known:
-                os.makedirs(os.path.join(self.path, experiment_id), exist_ok=True)
+            try:
+                os.mkdir(os.path.dirname(target))
                 _sync_folder(self.path)
-                self._known.add(experiment_id)
+            except FileExistsError:
+                pass
             os.rename(staging, target)  # the id is new, and a folder that has files is never replaced
             _sync_folder(os.path.dirname(target))
             return entries, digest

@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
-from model_checkpoint.checkpoint.arguments import check_at_least_one, label, numbers
+from model_checkpoint.checkpoint.arguments import check_at_least_one, check_constructor, label, numbers
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
 from model_checkpoint.checkpoint.catalog import Tracker, payload
 from model_checkpoint.checkpoint.compression import best_codec
@@ -32,6 +33,7 @@ from model_checkpoint.errors import (
     ConfigurationError,
     ExperimentNotFoundError,
     IntegrityError,
+    UnsupportedValueError,
 )
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
@@ -77,7 +79,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
     def __init__(  # noqa: PLR0913 - the names and defaults are the specification's
         self,
         experiment_tracker: Tracker | None = None,
-        checkpoint_dir: str | None = None,
+        checkpoint_dir: str | PathLike[str] | None = None,
         storage_backend: str = "safetensors",
         enable_compression: bool = False,
         enable_integrity_checks: bool = True,
@@ -95,12 +97,10 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         retention_policy: RetentionPolicy | None = None,
         max_shard_size: int = 5 << 30,  # 5 GiB
     ) -> None:
-        check_at_least_one(
-            save_frequency=save_frequency, max_checkpoints=max_checkpoints, max_shard_size=max_shard_size
-        )
-        if isinstance(protected_types, str):
-            raise ConfigurationError(f"protected_types must be a list of types, not the text {protected_types!r}")
-        self.checkpoint_dir = checkpoint_dir or "checkpoints"
+        check_constructor(experiment_tracker, retention_policy, protected_types, best_metrics)
+        check_at_least_one(save_frequency=save_frequency, max_checkpoints=max_checkpoints)
+        check_at_least_one(max_shard_size=max_shard_size, cache_size=cache_size)
+        self.checkpoint_dir = "checkpoints" if checkpoint_dir is None else checkpoint_dir
         self.hook_manager = HookManager() if enable_hooks else None
         self._backend = find_backend(storage_backend)
         self._codec = best_codec() if enable_compression else None
@@ -310,7 +310,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         components = {"model", "extra"}
         components |= ({"optimizer"} if load_optimizer else set()) | ({"scheduler"} if load_scheduler else set())
         while True:
-            record = self._record(checkpoint_id or self._resolve(str(wanted), checkpoint_type))
+            record = self._record(self._resolve(wanted, checkpoint_type) if checkpoint_id is None else checkpoint_id)
             self._fire(HookEvent.BEFORE_CHECKPOINT_LOAD, {}, record.id, record.experiment_id)
             try:
                 state = self._read(record, components, verify_integrity and self._integrity, device)
@@ -381,7 +381,10 @@ class EnhancedCheckpointManager(CheckpointRemoval):
 
 
 def _integer(value: Any, name: str) -> int:
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UnsupportedValueError(name, value, "it must be an integer") from None
     if not -(2**63) <= number < 2**63:
         raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
     return number

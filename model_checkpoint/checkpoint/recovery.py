@@ -6,8 +6,10 @@ in a few known ways only. ``decide`` names what to do about each, ``recover`` do
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +19,7 @@ from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.checkpoints import Decide, decode_details
 from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
-from model_checkpoint.errors import FormatVersionError, IntegrityError, LockTimeoutError
+from model_checkpoint.errors import DatabaseError, FormatVersionError, IntegrityError, LockTimeoutError
 from model_checkpoint.integrity.manifest import FILE_NAME, Manifest
 from model_checkpoint.integrity.verification import read_manifest, verify_folder
 from model_checkpoint.utils.jsonable import unescape
@@ -31,6 +33,7 @@ class RecoveryReport:
 
     Attributes:
         rolled_forward: published whole without a committed row: committed now.
+        adopted: the database had them in a directory where they are no longer, or that had lost its ``.engine``.
         discarded: never finished; their staging folders were removed.
         failed: intents of saves that left nothing behind.
         corrupt: committed, but files are missing or of another length; the row says so, nothing was removed.
@@ -41,6 +44,7 @@ class RecoveryReport:
     """
 
     rolled_forward: list[str] = field(default_factory=list)
+    adopted: list[str] = field(default_factory=list)
     discarded: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     corrupt: list[str] = field(default_factory=list)
@@ -91,6 +95,11 @@ def recover(
             return _recover(directory, db, best_metrics)
     except LockTimeoutError:
         return None
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        log.warning("%s cannot be written, so nothing was recovered; what is whole there can be loaded", directory.path)
+        return None
 
 
 def _recover(
@@ -102,6 +111,7 @@ def _recover(
     statuses = {key: status for key, (status, *_) in found.items()}
     report = decide(statuses, published, directory.staged(), directory.in_trash(), graves.buried(store))
     report.left_alone += strangers
+    _roll_forward(directory, db, best_metrics, published, report)  # before anything that must write to the directory
     for checkpoint_id in report.discarded:
         directory.discard_staged(checkpoint_id)
     for checkpoint_id in report.failed:
@@ -112,11 +122,9 @@ def _recover(
         directory.unlink_trashed(checkpoint_id)
     report.corrupt += _damaged(directory, published, rows.file_sizes(store))
     for checkpoint_id in report.corrupt:
-        rows.mark_corrupt(checkpoint_id)
-        log.error(
-            "checkpoint %s is corrupt: files are missing or of another length; nothing was removed", checkpoint_id
-        )
-    _roll_forward(directory, db, best_metrics, published, report)
+        problem = f"checkpoint {checkpoint_id} is corrupt: a file is missing or of another length; nothing was removed"
+        rows.record_verification(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
+        log.error("%s", problem)
     _readmit(directory, db, report)
     for checkpoint_id in report.left_alone:
         log.error("checkpoint %s in %s is not one that was saved there; left as it is", checkpoint_id, directory.path)
@@ -179,6 +187,14 @@ def _roll_forward(
     whole: list[tuple[Manifest, str]] = []
     for checkpoint_id in report.rolled_forward:
         folder = directory.folder(published[checkpoint_id], checkpoint_id)
+        home = db.checkpoints.home(checkpoint_id)
+        if home is not None and home != folder and os.path.isdir(home):
+            report.left_alone.append(checkpoint_id)
+            log.error("checkpoint %s is a copy: the database has it in %s", checkpoint_id, home)
+            continue
+        if home is not None and db.checkpoints.adopt(checkpoint_id, directory.store_id):
+            report.adopted.append(checkpoint_id)
+            continue
         check = verify_folder(folder)
         if check["verified"]:
             whole.append(read_manifest(folder))
@@ -205,7 +221,7 @@ def _admit(
             db.experiments.create(experiment_of(manifest))
             db.checkpoints.commit(record, directory.store_id, files, decide_best, manifest.intent)
         return True
-    except (ValueError, TypeError, KeyError, OverflowError) as error:  # sealed by somebody else, with values not ours
+    except (ValueError, TypeError, KeyError, OverflowError, DatabaseError) as error:  # sealed by somebody else
         log.error("the manifest of checkpoint %s holds what was never saved: %s", manifest.checkpoint_id, error)
         return False
 

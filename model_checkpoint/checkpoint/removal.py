@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from model_checkpoint.checkpoint.best import elect
+from model_checkpoint.checkpoint.best import elect, with_sound_holders
 from model_checkpoint.checkpoint.catalog import CheckpointCatalog
 from model_checkpoint.checkpoint.retention import (
     Protection,
@@ -20,10 +20,8 @@ from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
-    DatabaseError,
     HookVetoError,
     LockTimeoutError,
-    StorageError,
 )
 from model_checkpoint.hooks import HookEvent
 
@@ -69,24 +67,26 @@ class CheckpointRemoval(CheckpointCatalog):
         """
         experiment_id = self._named_experiment(experiment_id)
         records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
+        records = with_sound_holders(records, self._best_metrics)
         if self._policy is not None:
             return plan_by_policy(records, self._policy, self._protection, time.time())
         return plan_by_count(records, self._max_checkpoints, self._save_frequency, self._protection)
 
     def _retain(self, experiment_id: str) -> None:
         """Carry out the retention plan after a save; what another process is using is left to the next pass."""
-        doomed = [i for i in self.retention_plan(experiment_id).removed if self._may_go(experiment_id, i) is None]
-        if not doomed:
-            return
         try:
+            doomed = [i for i in self.retention_plan(experiment_id).removed if self._may_go(experiment_id, i) is None]
+            if not doomed:
+                return
             with self._directory.exclusive(_RETENTION_PATIENCE):
                 gone = self._remove(
                     experiment_id, lambda: self.retention_plan(experiment_id).removed, doomed, new_pass=True
                 )
         except LockTimeoutError:
             return
-        except (StorageError, DatabaseError):
-            log.exception("retention of %s failed, the next save tries again; the checkpoint is saved", experiment_id)
+        except Exception:
+            # The checkpoint is saved: not even a user's policy may make that look like a failure.
+            log.exception("retention of experiment %s failed; the next save tries again", experiment_id)
             return
         self._after_removal(gone)
 

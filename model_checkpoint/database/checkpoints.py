@@ -111,10 +111,6 @@ class CheckpointTable:
         """Note that a save did not come to its end."""
         self._change(checkpoint_id, "status = 'failed'", "status = 'saving'")
 
-    def mark_corrupt(self, checkpoint_id: str) -> None:
-        """Note that a committed checkpoint's files are missing or changed."""
-        self._change(checkpoint_id, "status = 'corrupt'", "status = 'committed'")
-
     def set_pinned(self, checkpoint_id: str, pinned: bool) -> bool:
         """Protect a checkpoint from removal, or no longer; returns whether it is (still) there."""
         return self._change(checkpoint_id, f"pinned = {int(pinned)}", f"status IN {_LIVE}")
@@ -160,14 +156,31 @@ class CheckpointTable:
         sql = "SELECT criterion, checkpoint_id FROM best WHERE experiment_id = :id ORDER BY position, criterion"
         return dict(self._db.query(sql, {"id": experiment_id}))
 
-    def elsewhere(self, store_id: str, experiment_id: str) -> list[str]:
-        """Return the other directories that hold checkpoints of the experiment."""
+    def elsewhere(self, store_id: str, experiment_id: str, path: str) -> list[str]:
+        """Return the directories other than ``path`` that hold checkpoints of the experiment."""
         rows = self._db.query(
             "SELECT DISTINCT s.path FROM checkpoints c JOIN stores s ON s.id = c.store_id "
-            f"WHERE c.experiment_id = :experiment AND c.store_id <> :store AND c.status IN {_LIVE}",
-            {"experiment": experiment_id, "store": store_id},
+            f"WHERE c.experiment_id = :experiment AND c.store_id <> :store AND s.path <> :path AND c.status IN {_LIVE}",
+            {"experiment": experiment_id, "store": store_id, "path": path},
         )
         return [path for (path,) in rows]
+
+    def home(self, checkpoint_id: str) -> str | None:
+        """Return the folder in which the database has a checkpoint, of whatever status and store, or None."""
+        rows = self._db.query(
+            "SELECT s.path, c.experiment_id FROM checkpoints c JOIN stores s ON s.id = c.store_id WHERE c.id = :id",
+            {"id": checkpoint_id},
+        )
+        return os.path.join(rows[0][0], rows[0][1], checkpoint_id) if rows else None
+
+    def adopt(self, checkpoint_id: str, store_id: str) -> bool:
+        """Let a checkpoint belong to another store; returns whether it is one that was committed."""
+        with self._db.transaction(durable=True) as connection:
+            bind = {"id": checkpoint_id, "store": store_id}
+            connection.execute("UPDATE checkpoints SET store_id = :store WHERE id = :id", bind)
+            bump(connection, None)
+            sql = f"SELECT 1 FROM checkpoints WHERE id = :id AND status IN {_LIVE}"
+            return connection.execute(sql, bind).fetchone() is not None
 
     def statuses(self, store_id: str) -> dict[str, tuple[str, str, int]]:
         """Return id -> (status, experiment id, bytes) of every row of the store, whatever its status."""

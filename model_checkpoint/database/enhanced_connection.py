@@ -70,23 +70,39 @@ class EnhancedDatabaseConnection:
     def _new_pool(self) -> None:
         self._local = threading.local()
         self._closed = False
-        self._closing = threading.Lock()
+        self._resting: list[SQLiteConnection | None] = []
         self._writing = threading.RLock()  # SQLite has one writer at a time; its threads queue here, not in a busy loop
         self._pool: LifoQueue[SQLiteConnection | None] = LifoQueue()  # None is a slot without a connection
         for _ in range(self._size):
             self._pool.put(None)
 
     def before_fork(self) -> None:
-        """Let a running transaction end: a child would inherit SQLite's note that this process holds the write lock."""
+        """Let running statements end and close every connection.
+
+        SQLite keeps note of a process's file locks in memory. A child that inherited the note, but not the locks, would
+        take none of its own, and its commits could go to a log that the parent has deleted.
+        """
         self._writing.acquire()
+        if not self._dialect.shared_memory:
+            inside = getattr(self._local, "connection", None) is not None  # a fork within a transaction: it stays out
+            self._resting = [self._pool.get() for _ in range(self._size - inside)]
+            for connection in self._resting:
+                if connection is not None:
+                    self._dialect.close(connection)
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Go on; connections are opened again when they are needed."""
+        for _ in self._resting:
+            self._pool.put(None)
+        self._resting = []
         self._writing.release()
 
     def after_fork_in_child(self) -> None:
-        """Start afresh: a SQLite connection must be neither used nor closed in a forked child."""
-        self._abandoned += [self._pool, self._local]
+        """Start afresh; a database in memory is copied with the process."""
+        if self._dialect.shared_memory:
+            self._writing.release()
+            return
+        self._abandoned.append(self._local)
         self._new_pool()
 
     @contextmanager
@@ -178,7 +194,7 @@ class EnhancedDatabaseConnection:
         """
         if getattr(self._local, "connection", None) is not None:
             raise DatabaseError(f"database {self._dialect.path}: close() inside a transaction; leave it first")
-        with self._closing:
+        with self._writing:
             self._closed = True
             for connection in [self._pool.get() for _ in range(self._size)]:
                 if connection is not None:

@@ -47,10 +47,14 @@ class TombstoneTable:
             bump(connection, store_id)
 
     def remove(self, store_id: str, checkpoint_id: str) -> None:
-        """Take a tombstone back."""
+        """Take a tombstone back; the checkpoint is what its last verification found it to be."""
         with self._db.transaction(durable=True) as connection:
             bind = {"id": checkpoint_id}
-            connection.execute("UPDATE checkpoints SET status = 'committed' WHERE id = :id", bind)
+            verified = connection.execute(
+                "SELECT verified FROM verifications WHERE checkpoint_id = :id ORDER BY id DESC LIMIT 1", bind
+            ).fetchone()
+            bind["status"] = "corrupt" if verified == (0,) else "committed"
+            connection.execute("UPDATE checkpoints SET status = :status WHERE id = :id", bind)
             connection.execute("DELETE FROM tombstones WHERE checkpoint_id = :id", bind)
             bump(connection, store_id)
 

@@ -12,7 +12,7 @@ from typing import Any
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.experiments import Point
 from model_checkpoint.database.models import ExperimentRecord
-from model_checkpoint.errors import ConfigurationError, DatabaseError, ExperimentNotFoundError
+from model_checkpoint.errors import ConfigurationError, DatabaseError, ExperimentNotFoundError, UnsupportedValueError
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.report import FORMATS, render
 from model_checkpoint.utils.jsonable import text, to_jsonable, to_number, to_step
@@ -122,6 +122,8 @@ class ExperimentTracker:
             raise DatabaseError(
                 f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
             )
+        if not isinstance(metrics, Mapping):
+            raise UnsupportedValueError("metrics", metrics, "it must be a dict of names and numbers")
         at = time.time()
         where = None if step is None else to_step(step)
         for name in metrics:

@@ -154,7 +154,7 @@ def test_every_metric_has_a_chart_with_its_name_and_last_value(run: ExperimentTr
         run.log_metrics({"loss": 1 / (step + 1), "accuracy": step / 10}, step=step)
     page = html_of(run, tmp_path)
     assert [chart["aria-label"] for chart in page.of("svg")] == ["loss", "accuracy"]
-    assert any("loss" in text and "0.1" in text and "10 points" in text for text in page.texts)
+    assert any("last 0.1, 10 points, from 0.1 to 1" in text for text in page.texts)
     for line in page.of("polyline"):
         assert len((line["points"] or "").split()) == 10
 
@@ -204,7 +204,7 @@ def test_a_series_without_a_finite_value_says_so(run: ExperimentTracker, tmp_pat
     run.log_metrics({"m": math.nan})
     page = html_of(run, tmp_path)
     assert page.of("svg") == []
-    assert "No finite value." in page.text
+    assert "No finite value: last nan, 1 points." in page.text
 
 
 def test_a_single_point_can_be_seen(run: ExperimentTracker, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def storage_backend(name: str) -> StorageBackend:
         UnknownBackendError: no backend has that name; the text lists those that there are.
         ConfigurationError: what is registered is no ``StorageBackend``.
     """
+    if not isinstance(name, str):
+        raise UnknownBackendError(name, _BACKENDS)
     target = _BACKENDS.get(name)
     if target is None:
         found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}

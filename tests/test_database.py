@@ -790,6 +790,42 @@ def test_what_a_forked_child_stores_survives_that_the_parent_closes(tmp_path: Pa
     database.close()
 
 
+FORK_FROM_TWO_THREADS = """
+import os, sys, threading
+from model_checkpoint.database import EnhancedDatabaseConnection
+
+database = EnhancedDatabaseConnection(sys.argv[1])
+codes = []
+
+def fork() -> None:
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            with database.transaction() as connection:
+                connection.execute("INSERT INTO stores (id, path) VALUES (:id, '')", {"id": str(os.getpid())})
+            os._exit(0)
+        codes.append(os.waitpid(child, 0)[1])
+
+threads = [threading.Thread(target=fork) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(codes == [0] * 40, database.query("SELECT COUNT(*) FROM stores")[0][0])
+"""
+
+
+def test_two_threads_that_fork_at_once_neither_hang_nor_spoil_a_child(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_FROM_TWO_THREADS, f"sqlite:///{path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.stdout.split() == ["True", "40"], done.stderr
+
+
 # --- closing ----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -607,6 +608,102 @@ def test_a_directory_without_its_engine_folder_opens_and_keeps_its_checkpoints(
     assert len(folders(tmp_path / "copy")) == 2
     shutil.rmtree(tmp_path / "c")
     assert EnhancedCheckpointManager(tracker, tmp_path / "copy").load_checkpoint()["epoch"] == 2
+
+
+def test_a_backup_opened_beside_its_original_harms_neither(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    original = EnhancedCheckpointManager(tracker, tmp_path / "c", max_checkpoints=2, save_frequency=1)
+    first = [original.save_checkpoint(MODEL, epoch=epoch) for epoch in (1, 2)]
+    shutil.copytree(tmp_path / "c", tmp_path / "backup")
+    for epoch in range(3, 9):  # retention removes the first two for good
+        original.save_checkpoint(MODEL, epoch=epoch)
+    listed = original.list_checkpoints()
+    for _ in range(2):
+        backup = EnhancedCheckpointManager(tracker, tmp_path / "backup", max_checkpoints=None)
+        assert folders(tmp_path / "backup") == sorted(first)
+        assert [row["checkpoint_id"] for row in backup.list_checkpoints()] == first
+        assert backup.load_checkpoint(first[0])["epoch"] == 1
+    assert original.list_checkpoints() == listed
+    assert {row["status"] for row in listed} == {"committed"}
+    assert original.load_checkpoint()["epoch"] == 8
+
+
+def test_a_save_that_recovery_finishes_late_is_not_taken_for_the_newest(
+    tracker: ExperimentTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    manager.save_checkpoint(MODEL, epoch=1)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise DatabaseError("the commit was refused")
+
+        patch.setattr(type(tracker.database.checkpoints), "commit", refuse)
+        with pytest.raises(DatabaseError):
+            manager.save_checkpoint(MODEL, epoch=2)
+    manager.save_checkpoint(MODEL, epoch=3)
+    assert [row["epoch"] for row in manager.list_checkpoints()] == [1, 3]
+    again = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    assert [row["epoch"] for row in again.list_checkpoints()] == [1, 2, 3]
+    assert again.load_checkpoint()["epoch"] == 3
+
+
+def test_loading_a_part_does_not_vouch_for_the_whole(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    saved = manager.save_checkpoint(MODEL, {"momentum": array("f", [0.0])})
+    (file,) = (tmp_path / "c").glob("*/*/optimizer.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert manager.verify_experiment_integrity()["failed"] == 1
+    assert manager.load_checkpoint(saved, load_optimizer=False)["model_state_dict"] == MODEL
+    (row,) = manager.list_checkpoints()
+    assert (row["status"], row["verification"]["verified"]) == ("corrupt", False)
+
+
+INTERRUPTED = """
+import random, signal, sys
+from array import array
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+
+folder, seed = sys.argv[1:]
+chance = random.Random(int(seed))
+tracker = ExperimentTracker("interrupted", database_url=f"sqlite:///{folder}/e.db")
+manager = EnhancedCheckpointManager(tracker, folder + "/c", max_checkpoints=3)
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupts = epoch = 0
+while interrupts < 200:
+    epoch += 1
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.006))
+        tracker.log_metric("loss", 1 / epoch)
+        manager.save_checkpoint({"w": array("d", bytes(8000))}, epoch=epoch, loss=1 / epoch)
+    except KeyboardInterrupt:
+        interrupts += 1
+    finally:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            pass
+last = manager.save_checkpoint({"w": array("d", [1.0])}, epoch=epoch + 1, loss=0.0)
+assert manager.load_checkpoint()["_checkpoint_metadata"]["checkpoint_id"] == last
+assert manager.verify_experiment_integrity()["failed"] == 0
+tracker.close()
+with EnhancedCheckpointManager(None, folder + "/c", database_url=f"sqlite:///{folder}/e.db") as again:
+    assert again.load_checkpoint(experiment_id=tracker.experiment_id)["_checkpoint_metadata"]["checkpoint_id"] == last
+    assert again.verify_experiment_integrity()["failed"] == 0
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_of_a_save_leaves_a_manager_that_goes_on(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_folders_that_vanish_under_an_open_manager_do_not_stop_it(tracker: ExperimentTracker, tmp_path: Path) -> None:

@@ -1031,3 +1031,12 @@ def test_a_coroutine_returned_by_a_plain_function_is_not_taken_for_success(hooks
         gc.collect()
     assert not result.success
     assert set(result.errors) == {"hidden"}
+
+
+def test_numpys_false_is_a_veto_and_zero_is_not(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    hooks = HookManager()
+    answers = iter([np.isfinite(float("nan")), {"continue": np.False_}, 0, 0.0, [], {"continue": 0}])
+    hooks.register_hook("guard", lambda context: next(answers), [HookEvent.BEFORE_CHECKPOINT_SAVE])
+    stopped = [hooks.fire_hook(HookEvent.BEFORE_CHECKPOINT_SAVE).stopped_by for _ in range(6)]
+    assert stopped == ["guard", "guard", None, None, None, None]

@@ -8,7 +8,7 @@ from typing import Any
 
 from model_checkpoint.checkpoint.catalog import NAMED_TYPES
 from model_checkpoint.errors import ConfigurationError, UnsupportedValueError
-from model_checkpoint.utils.jsonable import to_number
+from model_checkpoint.utils.jsonable import text, to_number
 
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
@@ -22,23 +22,22 @@ def check_at_least_one(**values: int | None) -> None:
             raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
 
 
-def label(text: str) -> str:
-    """Return ``text`` if it can be a checkpoint type to save under, else raise ConfigurationError."""
-    if not isinstance(text, str) or not _LABEL.fullmatch(text) or text in NAMED_TYPES:
+def label(name: str) -> str:
+    """Return ``name`` if it can be a checkpoint type to save under, else raise ConfigurationError."""
+    if not isinstance(name, str) or not _LABEL.fullmatch(name) or name in NAMED_TYPES:
         raise ConfigurationError(
-            f"checkpoint_type {text!r} cannot be a label; use letters, digits, '_', '.' and '-', with a letter first, "
+            f"checkpoint_type {name!r} cannot be a label; use letters, digits, '_', '.' and '-', with a letter first, "
             f"and none of {', '.join(NAMED_TYPES)}"
         )
-    return text
+    return name
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics as floats by name; raises ConfigurationError for a name, UnsupportedValueError for a value."""
+    """Return metrics as floats by name; raises UnsupportedValueError for a name or value that is none."""
     if not isinstance(metrics, Mapping):
         raise UnsupportedValueError("metrics", metrics, "it must be a dict of names and numbers")
     for name in metrics:
-        if not isinstance(name, str):
-            raise ConfigurationError(f"metrics has a name that is no text: {name!r}")
+        text(name, "metrics name")
     return {name: to_number(value, f"metrics.{name}") for name, value in metrics.items()}
 
 

@@ -14,6 +14,7 @@ from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import (
     CheckpointNotFoundError,
+    ConfigurationError,
     DatabaseError,
     ExperimentNotFoundError,
     HookVetoError,
@@ -300,3 +301,14 @@ def payload(record: CheckpointRecord) -> dict[str, Any]:
     """Return what hooks are told of a save; copies, so that nothing a hook does to it reaches the checkpoint."""
     names = ("checkpoint_type", "epoch", "step", "loss", "val_loss", "metrics", "config", "notes", "model_name")
     return copy.deepcopy({name: getattr(record, name) for name in names})
+
+
+def database_of(tracker: Tracker | None, url: str | None) -> EnhancedDatabaseConnection:
+    """Return the tracker's database, or without a tracker the one at ``url`` (None: ``sqlite:///experiments.db``)."""
+    if tracker is not None:
+        if url is not None and url != tracker.database.database_url:
+            raise ConfigurationError(
+                f"database_url {url!r} is not the tracker's, {tracker.database.database_url!r}; leave it out"
+            )
+        return tracker.database
+    return EnhancedDatabaseConnection(url or "sqlite:///experiments.db")

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from operator import methodcaller
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
@@ -28,6 +29,7 @@ from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
 from model_checkpoint.utils.names import is_id
 
 FORMAT_VERSION = 1
+_COPY_PATIENCE = 10.0  # seconds to wait for the exclusive lock of a directory that turns out to be a copy
 _LOCK_POLL = 0.02  # seconds between tries for the exclusive lock
 
 ManifestOf = Callable[[Sequence[FileEntry]], tuple[bytes, str]]  # the manifest's bytes and their digest
@@ -56,15 +58,18 @@ class CheckpointDirectory:
         self._engine = os.path.join(self.path, ".engine")
         self._staging = os.path.join(self._engine, "staging")
         self._trash = os.path.join(self._engine, "trash")
+        self._synced: set[str] = set()  # experiments whose folder this object has made durable
         try:
             for folder in (self._staging, self._trash):
                 os.makedirs(folder, exist_ok=True)
             self.store_id = self._identify()
             for folder in (self._engine, self.path, os.path.dirname(self.path)):
                 _sync_folder(folder)
+        except ConfigurationError:
+            raise
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigurationError(
-                f"checkpoint_dir {self.path}: {error.filename} is a file; choose another directory or move it away"
+                f"checkpoint_dir {self.path} is a file, or a part of it is; choose another directory or move it away"
             ) from error
         except ValueError as error:  # NUL or half a surrogate pair
             raise ConfigurationError(f"checkpoint_dir {path!r} cannot be a path: {error}") from error
@@ -75,9 +80,8 @@ class CheckpointDirectory:
     def _identify(self) -> str:
         name = os.path.join(self._engine, "format.json")
         if not os.path.exists(name):
-            text = json.dumps({"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}).encode()
             mine = f"{name}.{uuid.uuid4()}"
-            write_file(mine, methodcaller("write", text), hashed=False)
+            write_file(mine, methodcaller("write", _stamp()), hashed=False)
             try:
                 os.link(mine, name)  # of several processes that open a new directory, the first one names it
             except FileExistsError:
@@ -97,15 +101,35 @@ class CheckpointDirectory:
             raise FormatVersionError(f"checkpoint directory {self.path}", version, FORMAT_VERSION)
         return store_id
 
+    def be_distinct_from(self, other: str) -> None:
+        """Take a new store id if this is a copy of the directory ``other``, which is still there with the same id.
+
+        Otherwise the rows of the one, and its tombstones, would be applied to the other.
+        """
+        try:
+            with open(os.path.join(other, ".engine", "format.json"), "rb") as file:
+                copied = json.load(file)["store_id"] == self.store_id
+            if not copied or os.path.samefile(other, self.path):
+                return
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # nothing of that name there: this directory was moved
+        with self.exclusive(_COPY_PATIENCE):
+            if self._identify() == self.store_id:
+                mine = os.path.join(self._engine, f"format.json.{uuid.uuid4()}")
+                write_file(mine, methodcaller("write", _stamp()), hashed=False)
+                os.replace(mine, os.path.join(self._engine, "format.json"))
+                _sync_folder(self._engine)
+            self.store_id = self._identify()
+
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold the directory's lock shared: nothing is removed or recovered meanwhile. The kernel drops it on death."""
-        descriptor = self._open_lock()
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            yield
-        finally:
-            _let_go(descriptor)
+        with self._open_lock() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile
 
     @contextmanager
     def exclusive(self, timeout: float) -> Iterator[None]:
@@ -114,12 +138,11 @@ class CheckpointDirectory:
         Raises:
             LockTimeoutError: others held it for ``timeout`` seconds.
         """
-        descriptor = self._open_lock()
         deadline = time.monotonic() + timeout
-        try:
+        with self._open_lock() as lock:
             while True:
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
@@ -127,18 +150,19 @@ class CheckpointDirectory:
                             f"{self.path} is in use by a save or load elsewhere; try again when it is done"
                         ) from None
                     time.sleep(_LOCK_POLL)
-            yield
-        finally:
-            _let_go(descriptor)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
-    def _open_lock(self) -> int:
+    def _open_lock(self) -> FileIO:
         path = os.path.join(self._engine, "gc.lock")
         flags = os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+            return FileIO(os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644), "rb+")
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES) and os.path.exists(path):
-                return os.open(path, flags | os.O_RDONLY)  # an archive: what only reads can still take turns
+                return FileIO(os.open(path, flags | os.O_RDONLY), "rb")  # an archive: readers can still take turns
             advice = "check its permissions"
             if error.errno == errno.ENOENT:
                 advice = "it was removed or unmounted; make a new EnhancedCheckpointManager to start it again"
@@ -184,11 +208,7 @@ class CheckpointDirectory:
             manifest, digest = manifest_of(entries)
             write_file(os.path.join(staging, FILE_NAME), methodcaller("write", manifest), hashed=False)
             _sync_folder(staging)
-            try:
-                os.mkdir(os.path.dirname(target))
-                _sync_folder(self.path)
-            except FileExistsError:
-                pass
+            self._make_durable(experiment_id)
             os.rename(staging, target)  # the id is new, and a folder that has files is never replaced
             _sync_folder(os.path.dirname(target))
             return entries, digest
@@ -199,6 +219,17 @@ class CheckpointDirectory:
                 advice = "earlier checkpoints are untouched; free space or check the disk, then save again"
                 raise StorageError("publish a checkpoint", error.filename or staging, error, advice) from error
             raise
+
+    def _make_durable(self, experiment_id: str) -> None:
+        """Make the experiment's folder; that it is there does not say that whoever made it has synced it, too."""
+        made = True
+        try:
+            os.mkdir(os.path.join(self.path, experiment_id))
+        except FileExistsError:
+            made = False
+        if made or experiment_id not in self._synced:
+            _sync_folder(self.path)
+            self._synced.add(experiment_id)
 
     def published(self) -> list[tuple[str, str]]:
         """Return (experiment id, checkpoint id) of every folder that is named and placed like a checkpoint."""
@@ -269,9 +300,8 @@ def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: b
     return FileEntry(name, file.component, size, digest, codec, raw_size)
 
 
-def _let_go(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile
-    os.close(descriptor)
+def _stamp() -> bytes:
+    return json.dumps({"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}).encode()
 
 
 def _sync_folder(path: str) -> None:

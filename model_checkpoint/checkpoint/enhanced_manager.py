@@ -10,12 +10,11 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.checkpoint.arguments import check_at_least_one, check_constructor, label, numbers
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
-from model_checkpoint.checkpoint.catalog import Tracker, payload
+from model_checkpoint.checkpoint.catalog import Tracker, database_of, payload
 from model_checkpoint.checkpoint.compression import best_codec
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.checkpoint.reader import STATE_FILE, CheckpointReader
@@ -25,7 +24,6 @@ from model_checkpoint.checkpoint.retention import Protection, RetentionPolicy
 from model_checkpoint.checkpoint.state import encode
 from model_checkpoint.checkpoint.storage import PlannedFile
 from model_checkpoint.checkpoint.storage import storage_backend as find_backend
-from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.checkpoints import details_of
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import (
@@ -40,6 +38,9 @@ from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.integrity.verification import read_manifest
 from model_checkpoint.performance import LRUCache
 from model_checkpoint.utils.jsonable import escape, text, to_jsonable, to_number
+
+if TYPE_CHECKING:
+    from os import PathLike
 
 __all__ = ["EnhancedCheckpointManager"]
 
@@ -117,8 +118,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         self._totals = dict.fromkeys(("saves", "save_seconds", "bytes_written", "loads", "load_seconds"), 0.0)
         self._totals_lock = threading.Lock()
         self._directory = CheckpointDirectory(self.checkpoint_dir)
-        self._db = _database(experiment_tracker, database_url)
-        self._db.checkpoints.open_store(self._directory.store_id, self._directory.path)
+        self._db = database_of(experiment_tracker, database_url)
         recover(self._directory, self._db, self._best_metrics)
 
     def save_checkpoint(  # noqa: PLR0913 - the names and defaults are the specification's
@@ -171,12 +171,13 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             DatabaseError: the database refused; the next manager on this directory finds what was published.
         """
         started = time.perf_counter()
+        epoch, step = _integers(epoch=epoch, step=step)
         record = CheckpointRecord(
             id=str(uuid.uuid4()),
             experiment_id=self._experiment_to_save(experiment_id),
             checkpoint_type="regular" if checkpoint_type is None else label(checkpoint_type),
-            epoch=_integer(epoch, "epoch"),
-            step=_integer(step, "step"),
+            epoch=epoch,
+            step=step,
             loss=loss if loss is None or type(loss) is float else to_number(loss, "loss"),
             val_loss=val_loss if val_loss is None or type(val_loss) is float else to_number(val_loss, "val_loss"),
             metrics={} if not metrics else numbers(metrics),
@@ -220,9 +221,9 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         """Intent, bytes, manifest, publication, commit; returns the final record, the best flags that it took, and
         how many checkpoints the experiment has now."""
         store, rows = self._directory.store_id, self._db.checkpoints
-        intent = rows.begin(record, details, store)
+        sequence = rows.begin(record, details, store)
         try:
-            manifest_of = partial(self._manifest, record, details, intent)
+            manifest_of = partial(self._manifest, record, details, sequence)
             entries, digest = self._directory.write(
                 record.experiment_id, record.id, planned, manifest_of, codec=self._codec, hashed=hashed
             )
@@ -234,11 +235,11 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         return (record, *rows.commit(record, store, files, partial(flags_taken, overrides=self._best_metrics)))
 
     def _manifest(
-        self, record: CheckpointRecord, details: Mapping[str, Any], intent: int, entries: Sequence[FileEntry]
+        self, record: CheckpointRecord, details: Mapping[str, Any], sequence: int, entries: Sequence[FileEntry]
     ) -> tuple[bytes, str]:
         experiment = self._experiments[record.experiment_id][1]
         return Manifest(
-            record.id, record.created_at, record.backend, intent, experiment, details, tuple(entries)
+            record.id, record.created_at, record.backend, sequence, experiment, details, tuple(entries)
         ).to_bytes()
 
     def _experiment_to_save(self, experiment_id: str | None) -> str:
@@ -343,7 +344,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             except IntegrityError as error:
                 self._note(record.id, error, [])
                 raise
-            if verify:
+            if verify and len(reader.checks) == len(manifest.files):  # a part says nothing of the whole
                 self._note(record.id, None, reader.checks)
             return state
 
@@ -380,21 +381,14 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         self.close()
 
 
-def _integer(value: Any, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise UnsupportedValueError(name, value, "it must be an integer") from None
-    if not -(2**63) <= number < 2**63:
-        raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
-    return number
-
-
-def _database(tracker: Tracker | None, url: str | None) -> EnhancedDatabaseConnection:
-    if tracker is not None:
-        if url is not None and url != tracker.database.database_url:
-            raise ConfigurationError(
-                f"database_url {url!r} is not the tracker's, {tracker.database.database_url!r}; leave it out"
-            )
-        return tracker.database
-    return EnhancedDatabaseConnection(url or "sqlite:///experiments.db")
+def _integers(**values: Any) -> list[int]:
+    numbers = []
+    for name, value in values.items():
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise UnsupportedValueError(name, value, "it must be an integer") from None
+        if not -(2**63) <= number < 2**63:
+            raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
+        numbers.append(number)
+    return numbers

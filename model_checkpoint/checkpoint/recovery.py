@@ -34,8 +34,9 @@ class RecoveryReport:
     Attributes:
         rolled_forward: published whole without a committed row: committed now.
         adopted: the database had them in a directory where they are no longer, or that had lost its ``.engine``.
+        copies: the database has them in another directory, where they still are, or deleted; left as they are.
         discarded: never finished; their staging folders were removed.
-        failed: intents of saves that left nothing behind.
+        failed: saves that were begun and left nothing behind.
         corrupt: committed, but files are missing or of another length; the row says so, nothing was removed.
         buried: deleted on purpose, found where they were; moved to the trash.
         readmitted: in the trash, but unknown to the database; listed there again, to be undeleted or emptied.
@@ -45,6 +46,7 @@ class RecoveryReport:
 
     rolled_forward: list[str] = field(default_factory=list)
     adopted: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
     discarded: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     corrupt: list[str] = field(default_factory=list)
@@ -89,7 +91,15 @@ def decide(
 def recover(
     directory: CheckpointDirectory, db: EnhancedDatabaseConnection, best_metrics: Mapping[str, str]
 ) -> RecoveryReport | None:
-    """Bring directory and database to agree; None when a save of another process is under way, which is left to it."""
+    """Introduce directory and database to each other, and bring them to agree.
+
+    Returns:
+        What was done; None when a save of another process is under way, to which recovery is left.
+    """
+    known_at = db.checkpoints.store_path(directory.store_id)
+    if known_at is not None:
+        directory.be_distinct_from(known_at)
+    db.checkpoints.open_store(directory.store_id, directory.path)
     try:
         with directory.exclusive(timeout=0):
             return _recover(directory, db, best_metrics)
@@ -126,8 +136,13 @@ def _recover(
         rows.record_verification(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
         log.error("%s", problem)
     _readmit(directory, db, report)
-    for checkpoint_id in report.left_alone:
-        log.error("checkpoint %s in %s is not one that was saved there; left as it is", checkpoint_id, directory.path)
+    if report.copies:
+        log.warning(
+            "%d checkpoints in %s are copies of what the database has elsewhere; to use them here, give this "
+            "directory a database of its own: database_url='sqlite:///...'",
+            len(report.copies),
+            directory.path,
+        )
     if report:
         log.info("recovered %s: %s", directory.path, {name: len(ids) for name, ids in vars(report).items() if ids})
     return report
@@ -142,17 +157,18 @@ def _placed(directory: CheckpointDirectory, experiments: Mapping[str, str]) -> t
     """
     placed, strangers = {}, []
     for experiment_id, checkpoint_id in directory.published():
-        expected = experiments.get(checkpoint_id)
+        expected, problem = experiments.get(checkpoint_id), "it was saved to another experiment"
         if expected is None:
             try:
                 manifest, _ = read_manifest(directory.folder(experiment_id, checkpoint_id))
                 expected = manifest.experiment["id"]
             except (IntegrityError, FormatVersionError) as error:
-                log.error("%s", error)
+                problem = str(error)
         if expected == experiment_id:
             placed[checkpoint_id] = experiment_id
         else:
             strangers.append(checkpoint_id)
+            log.error("checkpoint %s in %s, left as it is: %s", checkpoint_id, experiment_id, problem)
     return placed, strangers
 
 
@@ -188,22 +204,22 @@ def _roll_forward(
     for checkpoint_id in report.rolled_forward:
         folder = directory.folder(published[checkpoint_id], checkpoint_id)
         home = db.checkpoints.home(checkpoint_id)
-        if home is not None and home != folder and os.path.isdir(home):
-            report.left_alone.append(checkpoint_id)
-            log.error("checkpoint %s is a copy: the database has it in %s", checkpoint_id, home)
-            continue
-        if home is not None and db.checkpoints.adopt(checkpoint_id, directory.store_id):
-            report.adopted.append(checkpoint_id)
-            continue
+        if home is not None and home[0] != directory.store_id:
+            if home[2] == "trashed" or (home[1] != folder and os.path.isdir(home[1])):
+                report.copies.append(checkpoint_id)
+                continue
+            if db.checkpoints.adopt(checkpoint_id, directory.store_id):
+                report.adopted.append(checkpoint_id)
+                continue
         check = verify_folder(folder)
         if check["verified"]:
             whole.append(read_manifest(folder))
         else:
             report.left_alone.append(checkpoint_id)
-            log.error("checkpoint %s has no row and is not whole: %s", checkpoint_id, check["error"])
+            log.error("checkpoint %s has no row and is not whole, left as it is: %s", checkpoint_id, check["error"])
     report.rolled_forward = []
     decide_best = partial(flags_taken, overrides=best_metrics)
-    for manifest, digest in sorted(whole, key=lambda pair: pair[0].intent):  # in the order in which they were saved
+    for manifest, digest in sorted(whole, key=lambda pair: pair[0].sequence):  # in the order in which they were saved
         admitted = _admit(directory, db, manifest, digest, decide_best)
         (report.rolled_forward if admitted else report.left_alone).append(manifest.checkpoint_id)
     for manifest, _ in whole:
@@ -219,7 +235,7 @@ def _admit(
         files = [(f.name, f.size, f.sha256) for f in manifest.files]
         with db.transaction(durable=True):
             db.experiments.create(experiment_of(manifest))
-            db.checkpoints.commit(record, directory.store_id, files, decide_best, manifest.intent)
+            db.checkpoints.commit(record, directory.store_id, files, decide_best, manifest.sequence)
         return True
     except (ValueError, TypeError, KeyError, OverflowError, DatabaseError) as error:  # sealed by somebody else
         log.error("the manifest of checkpoint %s holds what was never saved: %s", manifest.checkpoint_id, error)

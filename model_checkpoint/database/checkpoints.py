@@ -46,12 +46,17 @@ class CheckpointTable:
                 {"id": store_id, "path": path},
             )
 
+    def store_path(self, store_id: str) -> str | None:
+        """Return where the checkpoint directory ``store_id`` lay when it was last opened, or None."""
+        rows = self._db.query("SELECT path FROM stores WHERE id = :id", {"id": store_id})
+        return rows[0][0] if rows else None
+
     def revision(self, store_id: str) -> int:
         """Return a number that changes with every change to the store's checkpoints, by whatever process."""
         return int(self._db.query("SELECT revision FROM stores WHERE id = :id", {"id": store_id})[0][0])
 
     def begin(self, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
-        """Store the intent to save ``record`` (``details``: its ``details_of``); returns its number in the store."""
+        """Store the intent to save ``record`` (``details``: its ``details_of``); returns its sequence."""
         with self._db.transaction() as connection:
             return _insert(connection, record, details, store_id)
 
@@ -61,13 +66,13 @@ class CheckpointTable:
         store_id: str,
         files: Iterable[tuple[str, int, str | None]],
         decide: Decide,
-        intent: int | None = None,
+        sequence: int | None = None,
     ) -> tuple[Scores, int]:
         """Make a published checkpoint exist: the row, its files and the best flags, in one durable transaction.
 
         Args:
             record: with its final size and manifest digest. Without a row yet (recovery), one is made.
-            intent: the manifest's number, for a row that is made: later saves must not get a smaller one.
+            sequence: the manifest's, for a row that is made: what was found late is not what was saved last.
             store_id: the directory that it is in.
             files: (name, bytes, SHA-256 or None) of each.
             decide: called with the record and the holders' values by criterion; returns the criteria that it now
@@ -80,10 +85,9 @@ class CheckpointTable:
         bind["experiment"] = record.experiment_id
         with self._db.transaction(durable=True) as connection:
             if not connection.execute("SELECT 1 FROM checkpoints WHERE id = :id", bind).fetchone():
-                _insert(connection, record, details_of(record), store_id, intent)
+                _insert(connection, record, details_of(record), store_id, sequence)
             connection.execute(
                 "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest, "
-                "sequence = (SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints), "
                 "metric_position = (SELECT points FROM experiments WHERE id = :experiment) WHERE id = :id",
                 bind,
             )
@@ -128,7 +132,7 @@ class CheckpointTable:
         return found[0] if found else None
 
     def records(self, store_id: str, experiment_id: str | None = None) -> list[CheckpointRecord]:
-        """Return the committed and corrupt checkpoints, of one experiment or all, in the order of their commits."""
+        """Return the committed and corrupt checkpoints, of one experiment or all, in the order of their saves."""
         only = "" if experiment_id is None else "AND experiment_id = :experiment"
         return self._records(
             f"store_id = :store {only} AND status IN {_LIVE} ORDER BY sequence",
@@ -142,7 +146,7 @@ class CheckpointTable:
         return self._records(where, experiment=experiment_id)
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
-        """Return the id of the newest commit of the experiment, of one type or any, or None."""
+        """Return the id of the newest save of the experiment, of one type or any, or None."""
         only = "" if checkpoint_type is None else "AND checkpoint_type = :type"
         rows = self._db.query(
             f"SELECT id FROM checkpoints WHERE store_id = :store AND experiment_id = :experiment {only} "
@@ -165,13 +169,14 @@ class CheckpointTable:
         )
         return [path for (path,) in rows]
 
-    def home(self, checkpoint_id: str) -> str | None:
-        """Return the folder in which the database has a checkpoint, of whatever status and store, or None."""
+    def home(self, checkpoint_id: str) -> tuple[str, str, str] | None:
+        """Return store id, folder and status under which the database has a checkpoint, of whatever store, or None."""
         rows = self._db.query(
-            "SELECT s.path, c.experiment_id FROM checkpoints c JOIN stores s ON s.id = c.store_id WHERE c.id = :id",
+            "SELECT c.store_id, s.path, c.experiment_id, c.status FROM checkpoints c "
+            "JOIN stores s ON s.id = c.store_id WHERE c.id = :id",
             {"id": checkpoint_id},
         )
-        return os.path.join(rows[0][0], rows[0][1], checkpoint_id) if rows else None
+        return (rows[0][0], os.path.join(*rows[0][1:3], checkpoint_id), rows[0][3]) if rows else None
 
     def adopt(self, checkpoint_id: str, store_id: str) -> bool:
         """Let a checkpoint belong to another store; returns whether it is one that was committed."""
@@ -312,20 +317,19 @@ def _insert(
     record: CheckpointRecord,
     details: Mapping[str, Any],
     store_id: str,
-    intent: int | None = None,
+    sequence: int | None = None,
 ) -> int:
-    if intent is None:
-        find = "SELECT COALESCE(MAX(intent), 0) + 1 FROM checkpoints WHERE store_id = :store"
-        intent = int(connection.execute(find, {"store": store_id}).fetchone()[0])
+    if sequence is None:
+        (sequence,) = connection.execute("SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints").fetchone()
     connection.execute(
-        "INSERT INTO checkpoints (id, experiment_id, store_id, intent, status, checkpoint_type, epoch, step, details, "
-        "backend, size, created_at, update_best, owner) VALUES (:id, :experiment, :store, :intent, 'saving', :type, "
-        ":epoch, :step, :details, :backend, 0, :created_at, :update_best, :owner)",
+        "INSERT INTO checkpoints (id, experiment_id, store_id, sequence, status, checkpoint_type, epoch, step, "
+        "details, backend, size, created_at, update_best, owner) VALUES (:id, :experiment, :store, :sequence, "
+        "'saving', :type, :epoch, :step, :details, :backend, 0, :created_at, :update_best, :owner)",
         {
             "id": record.id,
             "experiment": record.experiment_id,
             "store": store_id,
-            "intent": intent,
+            "sequence": sequence,
             "type": record.checkpoint_type,
             "epoch": record.epoch,
             "step": record.step,
@@ -336,7 +340,7 @@ def _insert(
             "owner": f"{socket.gethostname()} {os.getpid()}",
         },
     )
-    return intent
+    return int(sequence)
 
 
 def _hold(connection: Executes, experiment_id: str, criterion: str, checkpoint_id: str, value: float) -> None:

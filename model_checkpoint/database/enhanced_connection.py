@@ -6,7 +6,7 @@ import fcntl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from queue import LifoQueue
+from itertools import cycle
 from typing import Any
 
 from model_checkpoint.database.checkpoints import CheckpointTable
@@ -16,6 +16,16 @@ from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
 from model_checkpoint.database.tombstones import TombstoneTable
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
+
+
+class _Slot:
+    """A place for one connection, which is used by who holds the lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.connection: SQLiteConnection | None = None
+        self.busy = False
+
 
 _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
 
@@ -45,9 +55,8 @@ class EnhancedDatabaseConnection:
         self.database_url = database_url
         self._dialect = _dialect(database_url, busy_timeout)
         self._size = 1 if self._dialect.shared_memory else pool_size
-        self._local = threading.local()
-        self._abandoned: list[object] = []
         self._transactions = 0
+        self._durable = False  # whether the running transaction is
         self._new_pool()
         watch(self)
         try:
@@ -63,18 +72,21 @@ class EnhancedDatabaseConnection:
 
     def _up_to_date(self) -> bool:
         """Whether there is nothing to migrate, found out without the write lock."""
-        if not self.query("SELECT 1 FROM sqlite_master WHERE name = 'migrations'"):
-            return False
-        return self.query("SELECT MAX(number) FROM migrations") == [(latest_version(),)]
+        with self._writer.lock:
+            connection = self._open(self._writer)
+            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'migrations'").fetchone():
+                return False
+            (number,) = connection.execute("SELECT MAX(number) FROM migrations").fetchone()
+            return bool(number == latest_version())
 
     def _new_pool(self) -> None:
-        self._local = threading.local()
         self._closed = False
-        self._resting: list[SQLiteConnection | None] = []
-        self._writing = threading.RLock()  # SQLite has one writer at a time; its threads queue here, not in a busy loop
-        self._pool: LifoQueue[SQLiteConnection | None] = LifoQueue()  # None is a slot without a connection
-        for _ in range(self._size):
-            self._pool.put(None)
+        self._resting: list[_Slot] = []
+        self._abandoned: SQLiteConnection | None = None
+        # One slot for transactions, since SQLite has one writer at a time; the others for reading.
+        self._writer = _Slot()
+        self._readers = [_Slot() for _ in range(self._size - 1)] or [self._writer]
+        self._turns = cycle(self._readers)
 
     def before_fork(self) -> None:
         """Let running statements end and close every connection.
@@ -82,28 +94,34 @@ class EnhancedDatabaseConnection:
         SQLite keeps note of a process's file locks in memory. A child that inherited the note, but not the locks, would
         take none of its own, and its commits could go to a log that the parent has deleted.
         """
-        self._writing.acquire()
-        if not self._dialect.shared_memory:
-            inside = getattr(self._local, "connection", None) is not None  # a fork within a transaction: it stays out
-            self._resting = [self._pool.get() for _ in range(self._size - inside)]
-            for connection in self._resting:
-                if connection is not None:
-                    self._dialect.close(connection)
+        inside = self._inside()  # a fork within a transaction: that connection stays
+        for slot in self._slots():
+            slot.lock.acquire()
+            self._resting.append(slot)
+            if not self._dialect.shared_memory and not (inside and slot is self._writer):
+                self._close_slot(slot)
 
     def after_fork_in_parent(self) -> None:
         """Go on; connections are opened again when they are needed."""
-        for _ in self._resting:
-            self._pool.put(None)
-        self._resting = []
-        self._writing.release()
+        while self._resting:
+            self._resting.pop().lock.release()
 
     def after_fork_in_child(self) -> None:
         """Start afresh; a database in memory is copied with the process."""
         if self._dialect.shared_memory:
-            self._writing.release()
+            self._writer.lock = threading.RLock()
+            self._resting = []
             return
-        self._abandoned.append(self._local)
+        inherited = self._writer.connection
         self._new_pool()
+        self._abandoned = inherited  # not used here, and not closed either: that would undo the parent's locks
+
+    def _slots(self) -> list[_Slot]:
+        return list(dict.fromkeys([self._writer, *self._readers]))
+
+    def _inside(self) -> bool:
+        """Whether this thread is in a transaction. The lock knows, also after an interrupt at a bad moment."""
+        return bool(self._writer.lock._is_owned())  # type: ignore[attr-defined]
 
     @contextmanager
     def transaction(self, durable: bool = False) -> Iterator[SQLiteConnection]:
@@ -118,38 +136,39 @@ class EnhancedDatabaseConnection:
         Raises:
             DatabaseError: the database refused; nothing of the block was stored.
         """
-        current: SQLiteConnection | None = getattr(self._local, "connection", None)
-        if current is not None:
-            if durable and not self._local.durable:
+        if self._writer.lock._is_owned():  # type: ignore[attr-defined]  # as _inside()
+            if durable and not self._durable:
                 raise DatabaseError("a durable transaction inside one that is not: make the outer one durable")
-            yield current
+            yield self._open(self._writer)
             return
-        self._writing.acquire()
-        connection = None
-        try:
-            connection = self._pool.get() or self._connect()
-            if connection.guard is not None:
-                fcntl.flock(connection.guard, fcntl.LOCK_SH)
-            sync, begin = self._dialect.begin[durable]
-            connection.execute(sync)
-            connection.execute(begin)
-            self._local.connection, self._local.durable = connection, durable
-            yield connection
-            connection.execute("COMMIT")
-        except self._dialect.driver_errors as error:
-            raise self._failed(error) from error
-        finally:
-            if connection is not None:
-                self._local.connection = None
-                if connection.in_transaction:
+        with self._writer.lock:  # a with block on the lock itself: an interrupt can never leave it locked
+            connection = self._writer.connection or self._open(self._writer)
+            try:
+                if connection.in_transaction:  # an interrupt (Ctrl-C) came in the way of the last one's end
                     connection.rollback()
                 if connection.guard is not None:
-                    fcntl.flock(connection.guard, fcntl.LOCK_UN)
-                self._transactions += 1
-                if self._transactions % _TIDY_EVERY == 0:
-                    self._dialect.tidy(connection)
-                self._pool.put(connection)
-            self._writing.release()
+                    fcntl.flock(connection.guard, fcntl.LOCK_SH)
+                sync, begin = self._dialect.begin[durable]
+                connection.execute(sync)
+                connection.execute(begin)
+                self._durable = durable
+                yield connection
+                connection.execute("COMMIT")
+            except self._dialect.driver_errors as error:
+                raise self._failed(error) from error
+            finally:
+                self._end(connection)
+
+    def _end(self, connection: SQLiteConnection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.rollback()
+        finally:
+            if connection.guard is not None:
+                fcntl.flock(connection.guard, fcntl.LOCK_UN)
+        self._transactions += 1
+        if self._transactions % _TIDY_EVERY == 0:
+            self._dialect.tidy(connection)
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Return every row of a SELECT, in the running transaction of this thread if there is one.
@@ -161,24 +180,29 @@ class EnhancedDatabaseConnection:
         Raises:
             DatabaseError: the database refused.
         """
-        current: SQLiteConnection | None = getattr(self._local, "connection", None)
-        connection = current or self._pool.get() or self._connect()
-        try:
-            return connection.execute(sql, parameters or {}).fetchall()
-        except self._dialect.driver_errors as error:
-            raise self._failed(error) from error
-        finally:
-            if current is None:
-                self._pool.put(connection)
+        slot = self._writer
+        if not self._inside():
+            slot = next((slot for slot in self._readers if not slot.busy), None) or next(self._turns)
+        with slot.lock:
+            slot.busy = True
+            try:
+                return self._open(slot).execute(sql, parameters or {}).fetchall()
+            except self._dialect.driver_errors as error:
+                raise self._failed(error) from error
+            finally:
+                slot.busy = False
 
-    def _connect(self) -> SQLiteConnection:
-        try:
+    def _open(self, slot: _Slot) -> SQLiteConnection:
+        if slot.connection is None:
             if self._closed:
                 raise DatabaseError(f"database {self._dialect.path} was closed; open it again to go on")
-            return self._dialect.connect()
-        except BaseException:
-            self._pool.put(None)
-            raise
+            slot.connection = self._dialect.connect()
+        return slot.connection
+
+    def _close_slot(self, slot: _Slot) -> None:
+        connection, slot.connection = slot.connection, None
+        if connection is not None:
+            self._dialect.close(connection)
 
     def _failed(self, error: Exception) -> DatabaseError:
         advice = (
@@ -192,14 +216,12 @@ class EnhancedDatabaseConnection:
         Raises:
             DatabaseError: this thread is inside a transaction.
         """
-        if getattr(self._local, "connection", None) is not None:
+        if self._inside():
             raise DatabaseError(f"database {self._dialect.path}: close() inside a transaction; leave it first")
-        with self._writing:
-            self._closed = True
-            for connection in [self._pool.get() for _ in range(self._size)]:
-                if connection is not None:
-                    self._dialect.close(connection)
-                self._pool.put(None)
+        self._closed = True
+        for slot in self._slots():
+            with slot.lock:
+                self._close_slot(slot)
 
     def __repr__(self) -> str:
         return f"EnhancedDatabaseConnection({self._dialect.name!r}, {self._dialect.path!r})"

@@ -39,7 +39,7 @@ class CheckpointRecord:
 
     Attributes:
         id, experiment_id: UUID texts.
-        sequence: its place among all commits of the database, from 1; None until it is committed.
+        sequence: its place among the database's saves, in the order in which they began; None before that.
         status: ``saving``, ``committed``, ``corrupt``, ``failed`` or ``trashed``.
         checkpoint_type: the label that it was saved under.
         epoch, step: counts from the training loop.

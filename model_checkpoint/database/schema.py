@@ -89,12 +89,11 @@ CREATE TABLE stores (
     id TEXT PRIMARY KEY, path TEXT NOT NULL, revision INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE checkpoints (
     id TEXT PRIMARY KEY, experiment_id TEXT NOT NULL REFERENCES experiments(id),
-    store_id TEXT NOT NULL REFERENCES stores(id), intent INTEGER NOT NULL, sequence INTEGER, status TEXT NOT NULL,
+    store_id TEXT NOT NULL REFERENCES stores(id), sequence INTEGER NOT NULL, status TEXT NOT NULL,
     checkpoint_type TEXT NOT NULL, epoch INTEGER NOT NULL, step INTEGER NOT NULL, details TEXT NOT NULL,
     backend TEXT NOT NULL, size INTEGER NOT NULL, created_at REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0,
     update_best INTEGER NOT NULL, manifest_sha256 TEXT, metric_position INTEGER, owner TEXT NOT NULL);
 CREATE INDEX checkpoints_by_sequence ON checkpoints (store_id, experiment_id, status, sequence);
-CREATE INDEX checkpoints_by_intent ON checkpoints (store_id, intent);
 CREATE INDEX checkpoints_in_order ON checkpoints (sequence);
 CREATE TABLE files (
     checkpoint_id TEXT NOT NULL REFERENCES checkpoints(id), name TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT,

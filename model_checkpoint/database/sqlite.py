@@ -6,8 +6,7 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from io import FileIO
 from typing import ClassVar
 
 from model_checkpoint.errors import ConfigurationError, DatabaseError
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 class SQLiteConnection(sqlite3.Connection):
     """A connection with the lock file of its database, where the SQLite library needs one."""
 
-    guard: int | None = None
+    guard: FileIO | None = None
 
 
 class SQLiteDialect:
@@ -80,7 +79,7 @@ class SQLiteDialect:
                 self._open_log(connection)
         except (sqlite3.Error, OSError) as error:
             if connection is not None:
-                connection.close()
+                self.close(connection)
             raise DatabaseError(
                 f"cannot open database {self.path}: {error}; check that it is a SQLite file and that it and its folder "
                 "can be written"
@@ -88,19 +87,20 @@ class SQLiteDialect:
         return connection
 
     def _open_log(self, connection: SQLiteConnection) -> None:
-        guard = os.open(f"{self.path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        guard = open(f"{self.path}-lock", "ab", buffering=0)
         try:
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 # SQLite does not wait for its busy timeout when two processes change a new file to WAL at once.
-                with locked(guard, fcntl.LOCK_EX):
-                    connection.execute("PRAGMA journal_mode=WAL")
+                fcntl.flock(guard, fcntl.LOCK_EX)
+                connection.execute("PRAGMA journal_mode=WAL")
+                fcntl.flock(guard, fcntl.LOCK_UN)
             connection.execute("PRAGMA journal_size_limit=0")  # a log that was checkpointed gives its space back
             if _WAL_RESET_BUG:
                 connection.execute("PRAGMA wal_autocheckpoint=0")
-                connection.guard, guard = guard, -1
+                connection.guard = guard
         finally:
-            if guard >= 0:
-                os.close(guard)
+            if connection.guard is None:
+                guard.close()
 
     def tidy(self, connection: SQLiteConnection) -> None:
         """Move a long write-ahead log into the database, when no transaction of any process runs."""
@@ -123,14 +123,4 @@ class SQLiteDialect:
         """Close a connection. The last one checkpoints the log, which SQLite does only when it has the file alone."""
         connection.close()
         if connection.guard is not None:
-            os.close(connection.guard)
-
-
-@contextmanager
-def locked(descriptor: int, mode: int) -> Iterator[None]:
-    """Hold ``flock(descriptor, mode)`` for the length of the block."""
-    fcntl.flock(descriptor, mode)
-    try:
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+            connection.guard.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 from model_checkpoint.errors import HookRegistrationError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority, HookResult
+from model_checkpoint.utils.jsonable import scalar
 
 log = logging.getLogger(__name__)
 Handler = Callable[[HookContext], Any]
@@ -213,12 +214,18 @@ def _run(hook: _Hook, context: HookContext, result: HookResult) -> bool:
         times = hook.times
         times.update(total=times["total"] + spent, min=min(times["min"], spent), max=max(times["max"], spent))
     result.results[hook.name] = returned
-    vetoed = returned is False or (isinstance(returned, dict) and returned.get("continue") is False)
+    vetoed = _is_false(returned.get("continue") if isinstance(returned, dict) else returned)
     if vetoed and context.event.can_be_vetoed:
         result.stopped_by = hook.name
         result.reason = returned.get("reason") if isinstance(returned, dict) else None
         return False
     return True
+
+
+def _is_false(value: Any) -> bool:
+    """Whether ``value`` is False, NumPy's and torch's included; 0, an empty list and the like are results."""
+    found = scalar(value) if value is not None and not isinstance(value, bool) else value
+    return found is False
 
 
 def _tell(hook: _Hook, error: BaseException, context: HookContext) -> None:

@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable
+from io import FileIO
 
 from model_checkpoint.errors import IntegrityError, StorageError
 
@@ -33,7 +34,7 @@ class HashingSink:
         self.size = 0
         self.hash = hashlib.sha256() if hashed else None
         self.error: StorageError | None = None
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._path = path
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -47,7 +48,7 @@ class HashingSink:
                 if self.hash is not None:
                     self.hash.update(chunk)
                 while chunk.nbytes:  # the kernel may take less than it is given
-                    chunk = chunk[os.write(self._descriptor, chunk) :]
+                    chunk = chunk[os.write(self.descriptor, chunk) :]
         except OSError as error:
             self.error = _failed("write", self._path, error)
             raise self.error from error
@@ -70,11 +71,11 @@ def write_file(path: str, write: Callable[[HashingSink], object], hashed: bool =
         StorageError: it cannot be made, written or made durable; an incomplete file may stay behind.
     """
     try:
-        descriptor = os.open(path, _NEW_FILE, 0o644)
+        file = os.fdopen(os.open(path, _NEW_FILE, 0o644), "wb", buffering=0)
     except OSError as error:
         raise _failed("create", path, error) from error
-    try:
-        sink = HashingSink(descriptor, path, hashed)
+    with file:
+        sink = HashingSink(file.fileno(), path, hashed)
         try:
             write(sink)
         except Exception:
@@ -82,11 +83,9 @@ def write_file(path: str, write: Callable[[HashingSink], object], hashed: bool =
                 raise sink.error from sink.error.__cause__
             raise
         try:
-            os.fsync(descriptor)  # a failure is final: Linux forgets the error, and a second fsync would lie
+            os.fsync(sink.descriptor)  # a failure is final: Linux forgets the error, and a second fsync would lie
         except OSError as error:
             raise _failed("make durable", path, error) from error
-    finally:
-        os.close(descriptor)
     return sink.size, None if sink.hash is None else sink.hash.hexdigest()
 
 
@@ -111,20 +110,17 @@ def read_file(path: str, size: int, sha256: str | None) -> memoryview:
     Raises:
         IntegrityError: it is missing, of another length, or of another digest. The text names both.
     """
-    descriptor = _open_checked(path, size)
-    try:
+    with _open_checked(path, size) as file:
         content = memoryview(bytearray(size))
         found = hashlib.sha256()
         position = 0
         while position < size:
-            count = os.readv(descriptor, [content[position : position + CHUNK]])
-            if count == 0:
+            count = file.readinto(content[position : position + CHUNK])
+            if not count:
                 raise IntegrityError(path, "the file shrank while it was read", size, position)
             if sha256 is not None:
                 found.update(content[position : position + count])
             position += count
-    finally:
-        os.close(descriptor)
     if sha256 is not None and found.hexdigest() != sha256:
         raise IntegrityError(path, "its SHA-256 is not the one recorded when it was saved", sha256, found.hexdigest())
     return content
@@ -136,11 +132,8 @@ def map_file(path: str, size: int) -> memoryview:
     Raises:
         IntegrityError: it is missing or of another length than ``size`` bytes.
     """
-    descriptor = _open_checked(path, size)
-    try:
-        return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY) if size else bytearray())
-    finally:
-        os.close(descriptor)  # the mapping outlives it
+    with _open_checked(path, size) as file:  # the mapping outlives it
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray())
 
 
 def digest_file(path: str, on_bytes: Callable[[int], object] | None = None) -> str:
@@ -163,20 +156,22 @@ def digest_file(path: str, on_bytes: Callable[[int], object] | None = None) -> s
     return found.hexdigest()
 
 
-def _open_checked(path: str, size: int) -> int:
+def _open_checked(path: str, size: int) -> FileIO:
     try:
-        descriptor = open_to_read(path)
+        file = open(path, "rb", buffering=0, opener=open_to_read)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
             problem = "the file is missing" if error.errno == errno.ENOENT else "a link stands where the file was"
             raise IntegrityError(path, problem) from error
+        if error.errno == errno.EISDIR:
+            raise IntegrityError(path, "it is no file") from error
         raise StorageError("open a checkpoint file", path, error, "check its permissions") from error
-    found = os.fstat(descriptor)
+    found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-        os.close(descriptor)
+        file.close()
         problem = "its length in bytes is not the one recorded" if stat.S_ISREG(found.st_mode) else "it is no file"
         raise IntegrityError(path, problem, size, found.st_size)
-    return descriptor
+    return file
 
 
 def open_to_read(path: str, flags: int = os.O_RDONLY) -> int:

@@ -42,7 +42,7 @@ class Manifest(NamedTuple):
 
     Attributes:
         checkpoint_id, created_at, backend: the checkpoint's id, its time (Unix seconds) and its storage backend.
-        intent: its number among the saves of this directory, in the order in which they began.
+        sequence: its place among the saves of the database, in the order in which they began.
         experiment: id, name, project and the like of the experiment that it belongs to.
         values: epoch, step, type and what else the user gave, as strict JSON.
         files: every file but the manifest.
@@ -51,7 +51,7 @@ class Manifest(NamedTuple):
     checkpoint_id: str
     created_at: float
     backend: str
-    intent: int
+    sequence: int
     experiment: Mapping[str, Any]
     values: Mapping[str, Any]
     files: tuple[FileEntry, ...]
@@ -121,7 +121,7 @@ _MANIFEST: dict[str, tuple[type, ...]] = {
     "checkpoint_id": _STR,
     "created_at": _NUMBER,
     "backend": _STR,
-    "intent": _INT,
+    "sequence": _INT,
     "experiment": (dict,),
     "values": (dict,),
     "files": (list,),

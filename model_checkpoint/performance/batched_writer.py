@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ Row = TypeVar("Row")
 
 
 class BatchedWriter(Generic[Row]):
-    """Hands rows to ``write`` in the order of ``extend``, by age, by count, on ``flush`` and at interpreter exit.
+    """Hands rows to ``write`` in the order of ``extend``, by age, by count, on ``flush`` and on ``close``.
 
     A batch that cannot be written stays in memory and is tried again. A forked child starts empty: what the parent had
     collected is the parent's to write.
@@ -36,15 +35,17 @@ class BatchedWriter(Generic[Row]):
         self._max_age = max_age
         self._start()
         watch(self)
-        atexit.register(self.close)
 
     def before_fork(self) -> None:
         """Let a batch that is being written come to its end."""
         self._writing.acquire()
+        self._resting = True
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._writing.release()
+        if self._resting:
+            self._resting = False
+            self._writing.release()
 
     def after_fork_in_child(self) -> None:
         """Start empty, with a thread of its own."""
@@ -57,6 +58,7 @@ class BatchedWriter(Generic[Row]):
         self._some = threading.Event()
         self._many = threading.Event()
         self._closed = False
+        self._resting = False
         self._warned = False
 
     def extend(self, rows: Iterable[Row]) -> None:
@@ -96,7 +98,6 @@ class BatchedWriter(Generic[Row]):
 
     def close(self) -> None:
         """Write everything and stop the thread; raises what ``write`` raises. Closing twice does nothing."""
-        atexit.unregister(self.close)
         self._closed = True
         self._some.set()
         self._many.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,8 @@ class ExperimentTracker:
         self._names: set[str] = set()  # metric names that were found good
         self._writer: BatchedWriter[Point] = BatchedWriter(partial(database.experiments.append_points, experiment.id))
         self.unflushed = self._writer.pending
+        # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
+        self._finish = weakref.finalize(self, _finish, self._writer, database)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value of one metric.
@@ -222,8 +225,7 @@ class ExperimentTracker:
         self.flush()
         self.set_status(status)
         self._ended = True
-        self._writer.close()
-        self.database.close()
+        self._finish()
 
     def __enter__(self) -> ExperimentTracker:
         return self
@@ -236,6 +238,13 @@ class ExperimentTracker:
 
     def __repr__(self) -> str:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
+
+
+def _finish(writer: BatchedWriter[Point], database: EnhancedDatabaseConnection) -> None:
+    try:
+        writer.close()
+    finally:
+        database.close()
 
 
 def _mapping(value: Mapping[str, Any] | None, path: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import count
+from threading import Lock
 from typing import Protocol
 from weakref import ReferenceType, ref
 
@@ -15,7 +16,7 @@ class Forkable(Protocol):
         """Come to rest: finish what a copy of the memory must not catch half done, and let nothing new begin."""
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
+        """Undo what ``before_fork`` did, all of it or the part that it came to."""
 
     def after_fork_in_child(self) -> None:
         """Start afresh; threads of the parent do not exist here."""
@@ -24,6 +25,7 @@ class Forkable(Protocol):
 _objects: dict[int, ReferenceType[Forkable]] = {}  # in the order of their creation
 _numbers = count()
 _resting: list[Forkable] = []
+_forking = Lock()  # one fork at a time
 
 
 def watch(forkable: Forkable) -> None:
@@ -36,21 +38,28 @@ def watch(forkable: Forkable) -> None:
 
 
 def _before() -> None:
+    _forking.acquire()
     for _, reference in sorted(_objects.copy().items(), reverse=True):
         forkable = reference()
         if forkable is not None:
+            _resting.append(forkable)  # first: what an interrupt stops half way is undone, too
             forkable.before_fork()
-            _resting.append(forkable)
 
 
 def _after_in_parent() -> None:
     while _resting:
         _resting.pop().after_fork_in_parent()
+    _forking.release()
 
 
 def _after_in_child() -> None:
-    while _resting:
-        _resting.pop().after_fork_in_child()
+    global _forking
+    _forking = Lock()
+    _resting.clear()
+    for reference in list(_objects.values()):  # also one that an interrupt kept from coming to rest
+        forkable = reference()
+        if forkable is not None:
+            forkable.after_fork_in_child()
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -159,7 +159,7 @@ class World:
 
     def statuses(self) -> dict[str, str]:
         """Return id -> status of every row, read without the package."""
-        return dict(self.sql("SELECT id, status FROM checkpoints ORDER BY intent"))
+        return dict(self.sql("SELECT id, status FROM checkpoints ORDER BY sequence"))
 
     def published(self, checkpoint_id: str) -> Path:
         return self.directory / self.experiment / checkpoint_id
@@ -361,7 +361,7 @@ def crashed_in_every_way(world: World) -> dict[str, str]:
     world.sql("UPDATE tombstones SET purged_at = 1.0 WHERE checkpoint_id = ?", ids["purged"])
     world.forget_row(ids["purged"])
     # Published, with the intent as a row only, and with none:
-    world.sql("UPDATE checkpoints SET status = 'saving', sequence = NULL, size = 0 WHERE id = ?", ids["rolled"])
+    world.sql("UPDATE checkpoints SET status = 'saving', size = 0 WHERE id = ?", ids["rolled"])
     for table in ("files", "best"):
         world.sql(f"DELETE FROM {table} WHERE checkpoint_id = ?", ids["rolled"])
     world.forget_row(ids["rowless"])
@@ -374,10 +374,10 @@ def crashed_in_every_way(world: World) -> dict[str, str]:
     (garbage / "model.safetensors").write_bytes(b"half")
     ids["garbage"] = garbage.name
     world.sql(
-        "INSERT INTO checkpoints (id, experiment_id, store_id, intent, status, checkpoint_type, epoch, step, details, "
-        "backend, size, created_at, pinned, update_best, owner) SELECT ?, experiment_id, store_id, 99, 'saving', "
-        "checkpoint_type, epoch, step, details, backend, 0, created_at, 0, update_best, owner FROM checkpoints "
-        "WHERE id = ?",
+        "INSERT INTO checkpoints (id, experiment_id, store_id, sequence, status, checkpoint_type, epoch, step, "
+        "details, backend, size, created_at, pinned, update_best, owner) SELECT ?, experiment_id, store_id, 99, "
+        "'saving', checkpoint_type, epoch, step, details, backend, 0, created_at, 0, update_best, owner "
+        "FROM checkpoints WHERE id = ?",
         *(garbage.name, ids["kept"]),
     )
     return ids
@@ -448,7 +448,7 @@ def test_opening_what_nothing_happened_to_changes_nothing(world: World) -> None:
 def test_what_was_published_is_committed_whatever_its_row_says(world: World, status: str) -> None:
     before, one = world.save({"loss": 2.0}, {"loss": 1.0, "metrics": {"f1": 0.5}, "notes": "n"})
     (described,) = (row for row in world.listed() if row["checkpoint_id"] == one)
-    world.sql("UPDATE checkpoints SET status = ?, sequence = NULL, size = 0 WHERE id = ?", status, one)
+    world.sql("UPDATE checkpoints SET status = ?, size = 0 WHERE id = ?", status, one)
     world.sql("DELETE FROM files WHERE checkpoint_id = ?", one)
     world.sql("DELETE FROM best WHERE checkpoint_id = ?", one)
     report = world.recover()

@@ -19,7 +19,7 @@ class MissingDependencyError(ModelCheckpointError, ImportError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed; "
-            f"install it with: pip install 'model-checkpoint[{extra}]'"
+            f"install it with: pip install {package} (the extra [{extra}] of model-checkpoint)"
         )
         self.package = package
         self.extra = extra

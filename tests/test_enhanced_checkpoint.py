@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -704,6 +706,71 @@ def test_ctrl_c_at_any_moment_of_a_save_leaves_a_manager_that_goes_on(tmp_path: 
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_what_a_user_puts_back_from_a_backup_is_taken_in_and_pinned(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c", max_checkpoints=None)
+    gone, kept = (manager.save_checkpoint(MODEL, epoch=epoch) for epoch in (1, 2))
+    folder = tmp_path / "c" / tracker.experiment_id / gone
+    shutil.copytree(folder, tmp_path / "backup")
+    manager.delete_checkpoint(gone)
+    manager.empty_trash()
+    shutil.copytree(tmp_path / "backup", folder)
+    for _ in range(3):
+        again = EnhancedCheckpointManager(tracker, tmp_path / "c")
+        listed = [(row["checkpoint_id"], row["pinned"]) for row in again.list_checkpoints()]
+        assert listed == [(gone, True), (kept, False)]
+    assert again.load_checkpoint(gone)["epoch"] == 1
+
+
+def test_the_trash_of_one_experiment_is_not_emptied_by_another(tracker: ExperimentTracker, tmp_path: Path) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    deleted = manager.save_checkpoint(MODEL)
+    manager.delete_checkpoint(deleted)
+    with ExperimentTracker("other", database_url=tracker.database.database_url) as other_run:
+        other = EnhancedCheckpointManager(other_run, tmp_path / "c", max_checkpoints=1)
+        for epoch in range(5):
+            other.save_checkpoint(MODEL, epoch=epoch)
+        other.empty_trash()
+    assert [row["checkpoint_id"] for row in manager.list_trash()] == [deleted]
+    manager.undelete(deleted)
+    assert manager.load_checkpoint(deleted)["model_state_dict"] == MODEL
+
+
+def test_deleting_in_a_read_only_directory_changes_nothing(small_disk: Path, tmp_path: Path) -> None:
+    with ExperimentTracker("archive", database_url=f"sqlite:///{tmp_path}/e.db") as tracker:
+        manager = EnhancedCheckpointManager(tracker, small_disk / "c")
+        saved = manager.save_checkpoint(MODEL)
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        with pytest.raises(StorageError, match="nothing was changed"):
+            manager.delete_checkpoint(saved)
+        assert [row["checkpoint_id"] for row in manager.list_checkpoints()] == [saved]
+        assert manager.load_checkpoint(saved)["model_state_dict"] == MODEL
+
+
+def test_a_database_deleted_under_an_open_manager_is_reported_not_written_to(tmp_path: Path) -> None:
+    tracker = ExperimentTracker("gone", database_url=f"sqlite:///{tmp_path}/e.db")
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c")
+    saved = manager.save_checkpoint(MODEL, epoch=1)
+    for path in tmp_path.glob("e.db*"):
+        path.rename(tmp_path / f"away-{path.name}")
+    with pytest.raises(DatabaseError, match="deleted or replaced"):
+        manager.save_checkpoint(MODEL, epoch=2)
+    for path in tmp_path.glob("away-*"):
+        path.rename(tmp_path / path.name.removeprefix("away-"))
+    manager.save_checkpoint(MODEL, epoch=3)
+    assert [row["epoch"] for row in manager.list_checkpoints()] == [1, 3]
+    assert manager.load_checkpoint(saved)["epoch"] == 1
+    tracker.close()
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_managers_and_trackers_say_how_to_be_passed_on(
+    manager: EnhancedCheckpointManager, tracker: ExperimentTracker, copying: Any
+) -> None:
+    for thing in (manager, tracker):
+        with pytest.raises(TypeError, match="experiment_id"):
+            copying(thing)
 
 
 def test_folders_that_vanish_under_an_open_manager_do_not_stop_it(tracker: ExperimentTracker, tmp_path: Path) -> None:

@@ -268,6 +268,12 @@ class CheckpointDirectory:
         _sync_folder(os.path.dirname(target))
         _sync_folder(os.path.dirname(source))
 
+    def check_writable(self) -> None:
+        """Raise StorageError unless checkpoints can be moved to the trash."""
+        if not os.access(self._trash, os.W_OK | os.X_OK):
+            cause = OSError(errno.EACCES, "it is read-only, or not yours")
+            raise StorageError("write to the checkpoint directory", self.path, cause, "nothing was changed")
+
     def trash_folder(self, checkpoint_id: str) -> str:
         """Return the path of a removed checkpoint."""
         return os.path.join(self._trash, checkpoint_id)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from model_checkpoint.checkpoint.arguments import check_at_least_one, check_constructor, label, numbers
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
@@ -373,6 +373,9 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         """Let go of the database, unless it is the tracker's. Closing twice does nothing."""
         if self._tracker is None:
             self._db.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot copy or pickle a manager; pass checkpoint_dir and experiment_id, and make one there")
 
     def __enter__(self) -> EnhancedCheckpointManager:
         return self

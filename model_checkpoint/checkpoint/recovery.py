@@ -32,7 +32,7 @@ class RecoveryReport:
     """What recovery did, by checkpoint id.
 
     Attributes:
-        rolled_forward: published whole without a committed row: committed now.
+        rolled_forward: published whole without a committed row: committed now; pinned if it had been deleted before.
         adopted: the database had them in a directory where they are no longer, or that had lost its ``.engine``.
         copies: the database has them in another directory, where they still are, or deleted; left as they are.
         discarded: never finished; their staging folders were removed.
@@ -77,14 +77,14 @@ def decide(
         The plan, in the form of the report; ``rolled_forward`` are candidates that must still prove to be whole.
     """
     return RecoveryReport(
-        rolled_forward=[i for i in published if i not in buried and statuses.get(i) not in ("committed", "corrupt")],
+        rolled_forward=[i for i in published if statuses.get(i) not in ("committed", "corrupt", "trashed")],
         discarded=list(staged),
         failed=[i for i, status in statuses.items() if status == "saving" and i not in published],
         corrupt=[i for i, status in statuses.items() if status == "committed" and i not in published],
-        buried=[i for i in published if i in buried and i not in in_trash],
+        buried=[i for i in published if statuses.get(i) == "trashed" and i not in in_trash],
         purged=[i for i in in_trash if i in buried and i not in statuses],
         readmitted=[i for i in in_trash if i not in buried and i not in statuses and i not in published],
-        left_alone=[i for i in published if i in buried and i in in_trash],
+        left_alone=[i for i in published if statuses.get(i) == "trashed" and i in in_trash],
     )
 
 
@@ -201,6 +201,7 @@ def _roll_forward(
     report: RecoveryReport,
 ) -> None:
     whole: list[tuple[Manifest, str]] = []
+    buried = db.tombstones.buried(directory.store_id)
     for checkpoint_id in report.rolled_forward:
         folder = directory.folder(published[checkpoint_id], checkpoint_id)
         home = db.checkpoints.home(checkpoint_id)
@@ -222,6 +223,10 @@ def _roll_forward(
     for manifest, digest in sorted(whole, key=lambda pair: pair[0].sequence):  # in the order in which they were saved
         admitted = _admit(directory, db, manifest, digest, decide_best)
         (report.rolled_forward if admitted else report.left_alone).append(manifest.checkpoint_id)
+        if admitted and manifest.checkpoint_id in buried:
+            # Its row was purged, after its folder had been moved away: somebody has put it back on purpose.
+            db.tombstones.remove(directory.store_id, manifest.checkpoint_id)
+            db.checkpoints.set_pinned(manifest.checkpoint_id, True)
     for manifest, _ in whole:
         db.experiments.set_parent(manifest.experiment["id"], manifest.experiment["parent_id"])
 

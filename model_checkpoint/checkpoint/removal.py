@@ -118,8 +118,9 @@ class CheckpointRemoval(CheckpointCatalog):
             What went, with the reasons.
         """
         store, rows, graves = self._directory.store_id, self._db.checkpoints, self._db.tombstones
+        self._directory.check_writable()
         with self._db.transaction(durable=True):
-            generation = graves.generation(store)
+            generation = graves.generation(store, experiment_id)
             doomed = {key: reason for key, reason in reread().items() if key in only}
             records = rows.of_experiment(experiment_id)  # in every directory: best flags are the experiment's
             gone = [(record, doomed[record.id]) for record in records if record.id in doomed]
@@ -129,11 +130,15 @@ class CheckpointRemoval(CheckpointCatalog):
         for checkpoint_id in doomed:
             self._directory.trash(experiment_id, checkpoint_id)
         if new_pass:
-            self._purge(generation)
+            self._purge(experiment_id, generation)
         return gone
 
-    def _purge(self, before_generation: int | None = None) -> int:
-        found = self._db.tombstones.content(self._directory.store_id, before_generation)
+    def _purge(self, experiment_id: str | None, before_generation: int | None = None) -> int:
+        found = self._db.tombstones.content(self._directory.store_id, experiment_id, before_generation)
+        trashed = set(self._directory.in_trash())
+        for checkpoint_id, owner, *_ in found:
+            if checkpoint_id not in trashed:  # a crash came before the move; without its row nobody would finish it
+                self._directory.trash(owner, checkpoint_id)
         self._db.tombstones.purge([checkpoint_id for checkpoint_id, *_ in found])
         for checkpoint_id, *_ in found:
             self._directory.unlink_trashed(checkpoint_id)
@@ -142,8 +147,8 @@ class CheckpointRemoval(CheckpointCatalog):
     def delete_checkpoint(self, checkpoint_id: str) -> bool:
         """Move a checkpoint to the trash; best flags that it held pass to the next best.
 
-        ``undelete`` brings it back until the trash is emptied: by ``empty_trash``, or by the second retention pass that
-        removes something after this.
+        ``undelete`` brings it back until the trash is emptied: by ``empty_trash``, or by the second retention pass of
+        the experiment that removes something after this.
 
         Returns:
             True.
@@ -153,6 +158,7 @@ class CheckpointRemoval(CheckpointCatalog):
             ConfigurationError: it is pinned.
             HookVetoError: a hook stopped it.
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+            StorageError: the directory cannot be written; nothing was changed.
         """
         record = self._record(checkpoint_id)
         self._still_deletable(checkpoint_id)
@@ -192,13 +198,24 @@ class CheckpointRemoval(CheckpointCatalog):
                 rows.set_pinned(checkpoint_id, True)
                 rows.replace_holders(experiment_id, elect(rows.of_experiment(experiment_id), self._best_metrics))
 
-    def list_trash(self) -> list[dict[str, Any]]:
-        """Return ``checkpoint_id``, ``experiment_id``, ``reason`` and ``size`` of what ``undelete`` can bring back."""
-        names = ("checkpoint_id", "experiment_id", "reason", "size")
-        return [dict(zip(names, row)) for row in self._db.tombstones.content(self._directory.store_id)]
+    def list_trash(self, experiment_id: str | None = None) -> list[dict[str, Any]]:
+        """Return what ``undelete`` can bring back, the longest there first.
 
-    def empty_trash(self) -> int:
-        """Remove everything in the trash for good.
+        Args:
+            experiment_id: whose; the tracker's when None, and all experiments' without a tracker.
+
+        Returns:
+            Dicts with ``checkpoint_id``, ``experiment_id``, ``reason`` and ``size`` (bytes).
+        """
+        names = ("checkpoint_id", "experiment_id", "reason", "size")
+        wanted = experiment_id or self._own_experiment()
+        return [dict(zip(names, row)) for row in self._db.tombstones.content(self._directory.store_id, wanted)]
+
+    def empty_trash(self, experiment_id: str | None = None) -> int:
+        """Remove what is in the trash for good.
+
+        Args:
+            experiment_id: whose; the tracker's when None, and all experiments' without a tracker.
 
         Returns:
             The bytes reclaimed.
@@ -207,4 +224,4 @@ class CheckpointRemoval(CheckpointCatalog):
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
         """
         with self._directory.exclusive(_PATIENCE):
-            return self._purge()
+            return self._purge(experiment_id or self._own_experiment())

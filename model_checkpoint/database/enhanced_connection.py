@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -148,6 +149,12 @@ class EnhancedDatabaseConnection:
                     connection.rollback()
                 if connection.guard is not None:
                     fcntl.flock(connection.guard, fcntl.LOCK_SH)
+                path = self._dialect.path
+                if connection.inode and not (os.path.exists(path) and os.stat(path).st_ino == connection.inode):
+                    raise DatabaseError(
+                        f"database {path} was deleted or replaced while it was open; nothing was stored, it would be "
+                        "lost with the last close. Put it back, or close this and open it again"
+                    )
                 sync, begin = self._dialect.begin[durable]
                 connection.execute(sync)
                 connection.execute(begin)

@@ -110,5 +110,5 @@ CREATE INDEX verifications_by_checkpoint ON verifications (checkpoint_id, id);
 CREATE TABLE tombstones (
     checkpoint_id TEXT PRIMARY KEY, experiment_id TEXT NOT NULL, store_id TEXT NOT NULL, reason TEXT NOT NULL,
     generation INTEGER NOT NULL, deleted_at REAL NOT NULL, purged_at REAL);
-CREATE INDEX tombstones_in_trash ON tombstones (store_id, purged_at, generation)
+CREATE INDEX tombstones_in_trash ON tombstones (store_id, experiment_id, purged_at, generation)
 """

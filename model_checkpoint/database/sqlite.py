@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class SQLiteConnection(sqlite3.Connection):
-    """A connection with the lock file of its database, where the SQLite library needs one."""
+    """A connection with the lock file of its database, where the SQLite library needs one, and the file's identity."""
 
     guard: FileIO | None = None
+    inode: int | None = None
 
 
 class SQLiteDialect:
@@ -77,12 +78,13 @@ class SQLiteDialect:
             connection.execute("PRAGMA foreign_keys=ON")
             if not self.shared_memory:
                 self._open_log(connection)
+                connection.inode = os.stat(self.path).st_ino
         except (sqlite3.Error, OSError) as error:
             if connection is not None:
                 self.close(connection)
             raise DatabaseError(
                 f"cannot open database {self.path}: {error}; check that it is a SQLite file and that it and its folder "
-                "can be written"
+                "can be written, or name another database_url: checkpoints are found again by their manifests"
             ) from error
         return connection
 

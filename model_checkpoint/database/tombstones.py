@@ -58,19 +58,31 @@ class TombstoneTable:
             connection.execute("DELETE FROM tombstones WHERE checkpoint_id = :id", bind)
             bump(connection, store_id)
 
-    def generation(self, store_id: str) -> int:
-        """Return the number of the store's last retention pass that removed something; 0 before the first."""
-        sql = "SELECT COALESCE(MAX(generation), 0) FROM tombstones WHERE store_id = :store"
-        return int(self._db.query(sql, {"store": store_id})[0][0])
+    def generation(self, store_id: str, experiment_id: str) -> int:
+        """Return the number of the experiment's last retention pass that removed something; 0 before the first."""
+        rows = self._db.query(
+            "SELECT COALESCE(MAX(generation), 0) FROM tombstones "
+            "WHERE store_id = :store AND experiment_id = :experiment",
+            {"store": store_id, "experiment": experiment_id},
+        )
+        return int(rows[0][0])
 
-    def content(self, store_id: str, before_generation: int | None = None) -> list[tuple[str, str, str, int]]:
-        """Return (id, experiment id, reason, bytes) of what is in the trash, of older passes only if one is given."""
-        only = "" if before_generation is None else "AND t.generation < :generation"
+    def content(
+        self, store_id: str, experiment_id: str | None = None, before_generation: int | None = None
+    ) -> list[tuple[str, str, str, int]]:
+        """Return (id, experiment id, reason, bytes) of what is in the trash, the longest there first.
+
+        Args:
+            store_id: the directory.
+            experiment_id: only of this experiment.
+            before_generation: only of passes before this one.
+        """
         return self._db.query(
             "SELECT t.checkpoint_id, t.experiment_id, t.reason, c.size FROM tombstones t "
-            "JOIN checkpoints c ON c.id = t.checkpoint_id "
-            f"WHERE t.store_id = :store AND t.purged_at IS NULL {only} ORDER BY t.deleted_at",
-            {"store": store_id, "generation": before_generation},
+            "JOIN checkpoints c ON c.id = t.checkpoint_id WHERE t.store_id = :store AND t.purged_at IS NULL "
+            "AND (:experiment IS NULL OR t.experiment_id = :experiment) "
+            "AND (:generation IS NULL OR t.generation < :generation) ORDER BY t.deleted_at",
+            {"store": store_id, "experiment": experiment_id, "generation": before_generation},
         )
 
     def buried(self, store_id: str) -> set[str]:

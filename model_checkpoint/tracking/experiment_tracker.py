@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.experiments import Point
@@ -226,6 +226,9 @@ class ExperimentTracker:
         self.set_status(status)
         self._ended = True
         self._finish()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot copy or pickle a tracker; pass experiment_id, and use ExperimentTracker.resume() there")
 
     def __enter__(self) -> ExperimentTracker:
         return self

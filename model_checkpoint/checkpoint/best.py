@@ -1,11 +1,12 @@
 """Which checkpoint is best: pure decisions over numbers.
 
-A criterion is ``loss``, ``val_loss`` or ``metrics.<name>``. NaN is never best, and a tie keeps the earlier checkpoint.
+A criterion is ``loss``, ``val_loss`` or ``metrics.<name>``. NaN is never best, and of two
+that tie, the one whose save began first is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from model_checkpoint.database.models import CheckpointRecord
@@ -47,28 +48,35 @@ def scores_of(record: CheckpointRecord) -> dict[str, float]:
 
 
 def flags_taken(
-    record: CheckpointRecord, holders: Mapping[str, float], overrides: Mapping[str, str]
+    record: CheckpointRecord,
+    holders: Mapping[str, float],
+    younger: Collection[str] = (),
+    *,
+    overrides: Mapping[str, str],
 ) -> dict[str, float]:
     """Return the criteria that a new checkpoint takes from their holders, with its values.
 
     Args:
         record: the new checkpoint.
         holders: criterion -> value of the checkpoint that is best so far.
+        younger: the criteria whose holder began after ``record`` did; of these it takes a tie, too.
         overrides: metric name -> ``min`` or ``max``.
     """
     taken = {}
     for criterion, value in scores_of(record).items():
         held = holders.get(criterion)
-        if held is None or (value < held if direction(criterion, overrides) == "min" else value > held):
+        better = held is None or (value < held if direction(criterion, overrides) == "min" else value > held)
+        if better or (value == held and criterion in younger):
             taken[criterion] = value
     return taken
 
 
 def elect(records: Iterable[CheckpointRecord], overrides: Mapping[str, str]) -> dict[str, tuple[str, float]]:
-    """Return criterion -> (id, value) of the best over a whole history in the order of its commits."""
+    """Return criterion -> (id, value) of the best over a whole history in the order of its saves."""
     best: dict[str, tuple[str, float]] = {}
     for record in records:
-        taken = flags_taken(record, {criterion: value for criterion, (_, value) in best.items()}, overrides)
+        held = {criterion: value for criterion, (_, value) in best.items()}
+        taken = flags_taken(record, held, overrides=overrides)
         best.update({criterion: (record.id, value) for criterion, value in taken.items()})
     return best
 

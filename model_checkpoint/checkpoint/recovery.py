@@ -251,7 +251,7 @@ def _readmit(directory: CheckpointDirectory, db: EnhancedDatabaseConnection, rep
     for checkpoint_id in list(report.readmitted):
         try:
             manifest, digest = read_manifest(directory.trash_folder(checkpoint_id))
-            known = _admit(directory, db, manifest, digest, lambda record, held: {})
+            known = _admit(directory, db, manifest, digest, lambda record, held, younger: {})
         except (IntegrityError, FormatVersionError) as error:
             log.error("%s", error)
             known = False

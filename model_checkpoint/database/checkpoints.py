@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import CheckpointRecord
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
 
 Scores = Mapping[str, float]  # criterion -> value
-Decide = Callable[[CheckpointRecord, Scores], Scores]
+Decide = Callable[[CheckpointRecord, Scores, Collection[str]], Scores]
 
 _PLAIN = "id, experiment_id, backend, size, created_at, pinned, sequence, status, manifest_sha256"
 _LIVE = "('committed', 'corrupt')"
@@ -75,8 +75,8 @@ class CheckpointTable:
             sequence: the manifest's, for a row that is made: what was found late is not what was saved last.
             store_id: the directory that it is in.
             files: (name, bytes, SHA-256 or None) of each.
-            decide: called with the record and the holders' values by criterion; returns the criteria that it now
-                holds, with its values.
+            decide: called with the record, the holders' values by criterion, and the criteria whose holder began later;
+                returns the criteria that it now holds, with its values.
 
         Returns:
             The criteria that it took, with its values; and how many checkpoints the experiment now has in the store.
@@ -95,12 +95,17 @@ class CheckpointTable:
                 connection.execute(
                     "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)", (record.id, *file)
                 )
-            holders = {}
-            for criterion, value in connection.execute(
-                "SELECT criterion, value FROM best WHERE experiment_id = :experiment", bind
+            holders, younger = {}, set()
+            for criterion, value, began_later in connection.execute(
+                "SELECT b.criterion, b.value, h.sequence > r.sequence FROM best b "
+                "JOIN checkpoints h ON h.id = b.checkpoint_id JOIN checkpoints r ON r.id = :id "
+                "WHERE b.experiment_id = :experiment",
+                bind,
             ):
                 holders[criterion] = float(value)
-            taken = decide(record, holders)
+                if began_later:
+                    younger.add(criterion)
+            taken = decide(record, holders, younger)
             for criterion, score in taken.items():
                 _hold(connection, record.experiment_id, criterion, record.id, score)
             bump(connection, None if taken else store_id)  # the flags may have left another directory's checkpoint

@@ -70,12 +70,15 @@ def test_a_checkpoint_competes_in_every_number_it_has_but_nan() -> None:
 def test_update_best_false_competes_in_nothing() -> None:
     out = record("a", loss=-INF, val_loss=0.0, metrics={"f1": INF}, update_best=False)
     assert scores_of(out) == {}
-    assert flags_taken(out, {}, {}) == {}
+    assert flags_taken(out, {}, overrides={}) == {}
     assert elect([record("b", loss=1.0), out], {}) == {"loss": ("b", 1.0)}
 
 
 def test_a_flag_without_a_holder_is_taken_by_whatever_is_a_number() -> None:
-    assert flags_taken(record("a", loss=INF, metrics={"f1": -INF}), {}, {}) == {"loss": INF, "metrics.f1": -INF}
+    assert flags_taken(record("a", loss=INF, metrics={"f1": -INF}), {}, overrides={}) == {
+        "loss": INF,
+        "metrics.f1": -INF,
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_criteria_are_elected_independently() -> None:
 def test_only_the_flags_that_move_are_returned_and_nothing_is_changed() -> None:
     holders = {"loss": 1.0, "metrics.f1": 0.5}
     newcomer = record("n", loss=1.0, metrics={"f1": 0.6, "auc": 0.1})
-    assert flags_taken(newcomer, holders, {}) == {"metrics.f1": 0.6, "metrics.auc": 0.1}
+    assert flags_taken(newcomer, holders, overrides={}) == {"metrics.f1": 0.6, "metrics.auc": 0.1}
     assert holders == {"loss": 1.0, "metrics.f1": 0.5}
 
 
@@ -170,7 +173,7 @@ def test_elect_is_what_commits_one_after_the_other_decide(
     holders: dict[str, str] = {}
     values: dict[str, float] = {}
     for one in records:  # as the database does it: each newcomer against the holders' values
-        for criterion, value in flags_taken(one, values, overrides).items():
+        for criterion, value in flags_taken(one, values, overrides=overrides).items():
             holders[criterion], values[criterion] = one.id, value
     assert elect(records, overrides) == {c: (holder, values[c]) for c, holder in holders.items()}
 
@@ -185,3 +188,10 @@ def test_each_criterion_that_anyone_competes_in_has_one_holder_which_competes_in
     by_id = {one.id: one for one in records}
     for criterion, (holder, value) in found.items():
         assert scores_of(by_id[holder])[criterion] == value
+
+
+def test_of_two_that_tie_the_one_whose_save_began_first_is_best_whichever_commits_first() -> None:
+    one = record("a", loss=1.0)
+    assert flags_taken(one, {"loss": 1.0}, overrides={}) == {}
+    assert flags_taken(one, {"loss": 1.0}, {"loss"}, overrides={}) == {"loss": 1.0}
+    assert flags_taken(one, {"loss": 0.5}, {"loss"}, overrides={}) == {}

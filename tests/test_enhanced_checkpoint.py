@@ -661,7 +661,7 @@ def test_loading_a_part_does_not_vouch_for_the_whole(tracker: ExperimentTracker,
 
 
 INTERRUPTED = """
-import random, signal, sys
+import random, signal, sqlite3, sys, threading
 from array import array
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 
@@ -669,28 +669,42 @@ folder, seed = sys.argv[1:]
 chance = random.Random(int(seed))
 tracker = ExperimentTracker("interrupted", database_url=f"sqlite:///{folder}/e.db")
 manager = EnhancedCheckpointManager(tracker, folder + "/c", max_checkpoints=3)
+outside = sqlite3.connect(folder + "/e.db", timeout=30)
+
+def committed(checkpoint):
+    found = outside.execute("SELECT status FROM checkpoints WHERE id = ?", (checkpoint,)).fetchone()
+    return found in (("committed",), ("trashed",))
 
 def interrupt(*_):
     raise KeyboardInterrupt
 
 signal.signal(signal.SIGALRM, interrupt)
-interrupts = epoch = 0
-while interrupts < 200:
+interrupts = epoch = logged = 0
+state = {"w": array("d", bytes(8000))}
+while interrupts < 300:
     epoch += 1
     try:
-        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.006))
         tracker.log_metric("loss", 1 / epoch)
-        manager.save_checkpoint({"w": array("d", bytes(8000))}, epoch=epoch, loss=1 / epoch)
+        logged += 1
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.006))
+        saved = manager.save_checkpoint(state, epoch=epoch, loss=1 / epoch)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         interrupts += 1
-    finally:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except KeyboardInterrupt:
-            pass
-last = manager.save_checkpoint({"w": array("d", [1.0])}, epoch=epoch + 1, loss=0.0)
+        saved = manager.save_checkpoint(state, epoch=epoch, loss=1 / epoch)  # where training scripts do it
+        tracker.log_metric("rescued", 1.0)
+        logged += 1
+        tracker.flush()
+    assert committed(saved), epoch
+other = threading.Thread(target=manager.save_checkpoint, args=(state,), kwargs={"epoch": epoch}, daemon=True)
+other.start()
+other.join(30)
+assert not other.is_alive(), "another thread is blocked for ever"
+last = manager.save_checkpoint(state, epoch=epoch + 1, loss=0.0)
 assert manager.load_checkpoint()["_checkpoint_metadata"]["checkpoint_id"] == last
 assert manager.verify_experiment_integrity()["failed"] == 0
+stored = len(tracker.get_metrics())
+assert stored == logged, (stored, logged)
 tracker.close()
 with EnhancedCheckpointManager(None, folder + "/c", database_url=f"sqlite:///{folder}/e.db") as again:
     assert again.load_checkpoint(experiment_id=tracker.experiment_id)["_checkpoint_metadata"]["checkpoint_id"] == last

@@ -250,6 +250,13 @@ class CheckpointCatalog:
         except DatabaseError:
             log.exception("the verification of %s could not be recorded; loading goes on", checkpoint_id)
 
+    def _give_up(self, checkpoint_id: str) -> None:
+        """Mark a save as failed; its own error is the one to tell of, should that fail, too."""
+        try:
+            self._db.checkpoints.fail(checkpoint_id)
+        except DatabaseError:
+            log.exception("the failed save %s could not be marked as such; recovery will", checkpoint_id)
+
     def get_experiment_statistics(self, experiment_id: str | None = None) -> dict[str, Any]:
         """Return counts and sizes of one experiment's checkpoints here (the tracker's when None).
 

@@ -60,10 +60,17 @@ class CheckpointDirectory:
         self._trash = os.path.join(self._engine, "trash")
         self._synced: set[str] = set()  # experiments whose folder this object has made durable
         try:
+            lasting = self.path
+            while not os.path.exists(lasting):
+                lasting = os.path.dirname(lasting)
             for folder in (self._staging, self._trash):
                 os.makedirs(folder, exist_ok=True)
             self.store_id = self._identify()
-            for folder in (self._engine, self.path, os.path.dirname(self.path)):
+            for folder in (self._engine, self.path):
+                _sync_folder(folder)
+            folder = self.path
+            while folder != lasting:  # every folder that was made, in the one that it was made in
+                folder = os.path.dirname(folder)
                 _sync_folder(folder)
         except ConfigurationError:
             raise

@@ -218,8 +218,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
     def _write(
         self, record: CheckpointRecord, details: Mapping[str, Any], planned: Sequence[PlannedFile], hashed: bool
     ) -> tuple[CheckpointRecord, Mapping[str, float], int]:
-        """Intent, bytes, manifest, publication, commit; returns the final record, the best flags that it took, and
-        how many checkpoints the experiment has now."""
+        """Intent, bytes, manifest, publication, commit; returns record, flags taken, and how many there are now."""
         store, rows = self._directory.store_id, self._db.checkpoints
         sequence = rows.begin(record, details, store)
         try:
@@ -228,7 +227,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
                 record.experiment_id, record.id, planned, manifest_of, codec=self._codec, hashed=hashed
             )
         except BaseException:
-            rows.fail(record.id)
+            self._give_up(record.id)
             raise
         record = replace(record, size=sum(map(operator.attrgetter("size"), entries)), manifest_sha256=digest)
         files = map(operator.attrgetter("name", "size", "sha256"), entries)
@@ -238,9 +237,8 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         self, record: CheckpointRecord, details: Mapping[str, Any], sequence: int, entries: Sequence[FileEntry]
     ) -> tuple[bytes, str]:
         experiment = self._experiments[record.experiment_id][1]
-        return Manifest(
-            record.id, record.created_at, record.backend, sequence, experiment, details, tuple(entries)
-        ).to_bytes()
+        files = tuple(entries)
+        return Manifest(record.id, record.created_at, record.backend, sequence, experiment, details, files).to_bytes()
 
     def _experiment_to_save(self, experiment_id: str | None) -> str:
         """Return the experiment's id, after noting what manifests tell of it."""
@@ -300,7 +298,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         Raises:
             ExperimentNotFoundError: nothing says which experiment, or it is not in the database.
             CheckpointNotFoundError: there is none; UnknownCheckpointTypeError: the type is unknown.
-            IntegrityError: a file is missing or changed; the text names it and both digests.
+            IntegrityError: a file is missing or changed, also of the latest or best; the text names it and both digests.
             HookVetoError: a BEFORE hook stopped it.
             MissingDependencyError: the backend or compression that it was saved with needs a package.
         """
@@ -339,10 +337,15 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             folder = self._directory.folder(record.experiment_id, record.id)
             try:
                 manifest, _ = read_manifest(folder, record.manifest_sha256)
-                reader = CheckpointReader(folder, manifest, verify)
-                state = reader.load(components, device)
             except IntegrityError as error:
                 self._note(record.id, error, [])
+                raise
+            reader = CheckpointReader(folder, manifest, verify)
+            try:
+                state = reader.load(components, device)
+            except IntegrityError as error:
+                if not reader.sound:
+                    self._note(record.id, error, [])
                 raise
             if verify and len(reader.checks) == len(manifest.files):  # a part says nothing of the whole
                 self._note(record.id, None, reader.checks)

@@ -104,6 +104,8 @@ def recover(
         with directory.exclusive(timeout=0):
             return _recover(directory, db, best_metrics)
     except LockTimeoutError:
+        with directory.shared():  # granted beside saves and loads at once; a recovery elsewhere is waited for
+            log.info("recovery of %s was left to another manager, which is using it", directory.path)
         return None
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import cycle
+from types import FrameType
 from typing import Any
 
 from model_checkpoint.database.checkpoints import CheckpointTable
@@ -28,6 +31,10 @@ class _Slot:
         self.busy = False
 
 
+_GONE = (
+    "database {} was deleted or replaced while it was open; nothing was stored, it would be lost with the last close. "
+    "Put it back, or close this and open it again"
+)
 _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
 
 
@@ -55,9 +62,11 @@ class EnhancedDatabaseConnection:
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size}")
         self.database_url = database_url
         self._dialect = _dialect(database_url, busy_timeout)
-        self._size = 1 if self._dialect.shared_memory else pool_size
+        self._size = 1 if self._dialect.in_memory else pool_size
         self._transactions = 0
         self._durable = False  # whether the running transaction is
+        self._running: object = None  # that transaction, and the frame whose with block it is
+        self._block: FrameType | None = None
         self._new_pool()
         watch(self)
         try:
@@ -99,7 +108,7 @@ class EnhancedDatabaseConnection:
         for slot in self._slots():
             slot.lock.acquire()
             self._resting.append(slot)
-            if not self._dialect.shared_memory and not (inside and slot is self._writer):
+            if not self._dialect.in_memory and not (inside and slot is self._writer):
                 self._close_slot(slot)
 
     def after_fork_in_parent(self) -> None:
@@ -109,7 +118,7 @@ class EnhancedDatabaseConnection:
 
     def after_fork_in_child(self) -> None:
         """Start afresh; a database in memory is copied with the process."""
-        if self._dialect.shared_memory:
+        if self._dialect.in_memory:
             self._writer.lock = threading.RLock()
             self._resting = []
             return
@@ -121,8 +130,17 @@ class EnhancedDatabaseConnection:
         return list(dict.fromkeys([self._writer, *self._readers]))
 
     def _inside(self) -> bool:
-        """Whether this thread is in a transaction. The lock knows, also after an interrupt at a bad moment."""
-        return bool(self._writer.lock._is_owned())  # type: ignore[attr-defined]
+        """Whether this thread is in a transaction whose ``with`` block is still being executed.
+
+        A Ctrl-C can come between the lines of contextlib, and leave a transaction open that nobody will end before its
+        traceback is gone. Its block is no longer on the stack then, which is how it is told from a living one.
+        """
+        if not self._writer.lock._is_owned():  # type: ignore[attr-defined]
+            return False
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self._block:
+            frame = frame.f_back
+        return frame is not None
 
     @contextmanager
     def transaction(self, durable: bool = False) -> Iterator[SQLiteConnection]:
@@ -137,45 +155,51 @@ class EnhancedDatabaseConnection:
         Raises:
             DatabaseError: the database refused; nothing of the block was stored.
         """
-        if self._writer.lock._is_owned():  # type: ignore[attr-defined]  # as _inside()
+        if self._writer.lock._is_owned() and self._inside():  # type: ignore[attr-defined]
             if durable and not self._durable:
                 raise DatabaseError("a durable transaction inside one that is not: make the outer one durable")
             yield self._open(self._writer)
             return
-        with self._writer.lock:  # a with block on the lock itself: an interrupt can never leave it locked
-            connection = self._writer.connection or self._open(self._writer)
-            try:
-                if connection.in_transaction:  # an interrupt (Ctrl-C) came in the way of the last one's end
-                    connection.rollback()
-                if connection.guard is not None:
-                    fcntl.flock(connection.guard, fcntl.LOCK_SH)
-                path = self._dialect.path
-                if connection.inode and not (os.path.exists(path) and os.stat(path).st_ino == connection.inode):
-                    raise DatabaseError(
-                        f"database {path} was deleted or replaced while it was open; nothing was stored, it would be "
-                        "lost with the last close. Put it back, or close this and open it again"
-                    )
-                sync, begin = self._dialect.begin[durable]
-                connection.execute(sync)
-                connection.execute(begin)
-                self._durable = durable
-                yield connection
-                connection.execute("COMMIT")
-            except self._dialect.driver_errors as error:
-                raise self._failed(error) from error
-            finally:
-                self._end(connection)
-
-    def _end(self, connection: SQLiteConnection) -> None:
+        while self._writer.lock._is_owned():  # type: ignore[attr-defined]
+            self._writer.lock.release()  # left by an interrupt
+        self._writer.lock.acquire()
+        mine = self._running = object()
+        self._block = sys._getframe(1)
+        while self._block is not None and self._block.f_code.co_filename == contextlib.__file__:
+            self._block = self._block.f_back
         try:
+            connection = self._writer.connection or self._open(self._writer)
+            path = self._dialect.path
+            if connection.inode and not (os.path.exists(path) and os.stat(path).st_ino == connection.inode):
+                raise DatabaseError(_GONE.format(path))
             if connection.in_transaction:
-                connection.rollback()
-        finally:
+                connection.rollback()  # left by an interrupt
             if connection.guard is not None:
+                fcntl.flock(connection.guard, fcntl.LOCK_SH)
+            for statement in self._dialect.begin[durable]:
+                connection.execute(statement)
+            self._durable = durable
+            yield connection
+            connection.execute("COMMIT")
+        except self._dialect.driver_errors as error:
+            raise self._failed(error) from error
+        finally:
+            if self._running is mine:  # otherwise an interrupt came in the way, and a later transaction tidied up
+                self._end()
+
+    def _end(self) -> None:
+        connection = self._writer.connection
+        try:
+            if connection is not None and connection.in_transaction:
+                connection.rollback()
+            if connection is not None and connection.guard is not None:
                 fcntl.flock(connection.guard, fcntl.LOCK_UN)
-        self._transactions += 1
-        if self._transactions % _TIDY_EVERY == 0:
-            self._dialect.tidy(connection)
+            self._transactions += 1
+            if connection is not None and self._transactions % _TIDY_EVERY == 0:
+                self._dialect.tidy(connection)
+        finally:
+            self._running = self._block = None
+            self._writer.lock.release()
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """Return every row of a SELECT, in the running transaction of this thread if there is one.

@@ -37,7 +37,7 @@ class SQLiteDialect:
 
     Attributes:
         name: ``sqlite``.
-        shared_memory: whether every connection would be a database of its own.
+        in_memory: whether it is no file, so that every connection would be a database of its own.
         begin: the statements that open a write transaction, by whether its commit must survive power loss.
     """
 
@@ -49,8 +49,8 @@ class SQLiteDialect:
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error,)
 
     def __init__(self, path: str, busy_timeout: float) -> None:
-        self.shared_memory = path == ":memory:"
-        self.path = path if self.shared_memory else os.path.abspath(path)
+        self.in_memory = path == ":memory:"
+        self.path = path if self.in_memory else os.path.abspath(path)
         self._busy_timeout = busy_timeout
 
     def connect(self) -> SQLiteConnection:
@@ -61,7 +61,7 @@ class SQLiteDialect:
             DatabaseError: it cannot be opened, or is no database.
         """
         folder = os.path.dirname(self.path)
-        if not self.shared_memory and not os.path.isdir(folder):
+        if not self.in_memory and not os.path.isdir(folder):
             raise ConfigurationError(f"cannot open database {self.path}: the folder {folder} does not exist; create it")
         connection: SQLiteConnection | None = None
         try:
@@ -76,7 +76,7 @@ class SQLiteDialect:
             connection.execute("PRAGMA schema_version")  # reads the file: an error here leaves nothing behind
             connection.execute("PRAGMA mmap_size=0")  # an I/O error in a mapping is SIGBUS, not an exception
             connection.execute("PRAGMA foreign_keys=ON")
-            if not self.shared_memory:
+            if not self.in_memory:
                 self._open_log(connection)
                 connection.inode = os.stat(self.path).st_ino
         except (sqlite3.Error, OSError) as error:

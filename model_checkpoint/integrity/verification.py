@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from model_checkpoint.errors import CheckpointNotFoundError, FormatVersionError, IntegrityError
+from model_checkpoint.errors import CheckpointNotFoundError, FormatVersionError, IntegrityError, StorageError
 from model_checkpoint.integrity.hashing import digest_file, open_to_read
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
 
@@ -49,13 +50,16 @@ def read_manifest(folder: str, expected_digest: str | None = None) -> tuple[Mani
     Raises:
         IntegrityError: missing, changed, or not the manifest of the checkpoint whose folder this is.
         FormatVersionError: a newer version of this package wrote it.
+        StorageError: the file system refuses to tell.
     """
     path = os.path.join(folder, FILE_NAME)
     try:
         with open(path, "rb", opener=open_to_read) as file:
             manifest, digest = parse_manifest(file.read(), path)
     except OSError as error:
-        raise IntegrityError(path, f"the manifest cannot be read ({error.strerror})") from error
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+            raise IntegrityError(path, f"the manifest is missing ({error.strerror})") from error
+        raise StorageError("read a manifest", path, error, "try again when the cause is mended") from error
     if expected_digest is not None and digest != expected_digest:
         raise IntegrityError(path, "the manifest is not the one in the database", expected_digest, digest)
     if os.path.basename(folder) != manifest.checkpoint_id:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from model_checkpoint.utils.fork import watch
@@ -13,11 +15,22 @@ log = logging.getLogger(__name__)
 Row = TypeVar("Row")
 
 
+class _Ticket:
+    """A caller that waits for everything collected so far to be written."""
+
+    def __init__(self, last: bool) -> None:
+        self.done = threading.Lock()  # taken until it is; waiting for it can be interrupted at any moment
+        self.done.acquire()
+        self.error: Exception | None = None
+        self.last = last  # whether the thread ends then
+
+
 class BatchedWriter(Generic[Row]):
     """Hands rows to ``write`` in the order of ``extend``, by age, by count, on ``flush`` and on ``close``.
 
-    A batch that cannot be written stays in memory and is tried again. A forked child starts empty: what the parent had
-    collected is the parent's to write.
+    Only the writer's own thread calls ``write``: a Ctrl-C, which goes to the main thread, cannot come between a batch's
+    commit and the note that it is written. A batch that cannot be written stays in memory and is tried again. A forked
+    child starts empty: what the parent had collected is the parent's to write.
 
     Args:
         write: stores a batch whole or raises.
@@ -33,8 +46,16 @@ class BatchedWriter(Generic[Row]):
         self._write = write
         self._max_rows = max_rows
         self._max_age = max_age
-        self._start()
+        self._start_afresh()
         watch(self)
+
+    def _start_afresh(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._calls: SimpleQueue[_Ticket | None] = SimpleQueue()  # None: there are rows
+        self._called = False
+        self._writing = threading.Lock()
+        self._resting = False
+        self._warned = False
 
     def before_fork(self) -> None:
         """Let a batch that is being written come to its end."""
@@ -50,16 +71,7 @@ class BatchedWriter(Generic[Row]):
     def after_fork_in_child(self) -> None:
         """Start empty, with a thread of its own."""
         self.pending.clear()
-        self._start()
-
-    def _start(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._writing = threading.Lock()
-        self._some = threading.Event()
-        self._many = threading.Event()
-        self._closed = False
-        self._resting = False
-        self._warned = False
+        self._start_afresh()
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Collect rows and return; they are on their way to ``write`` within ``max_age`` seconds."""
@@ -67,38 +79,61 @@ class BatchedWriter(Generic[Row]):
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="model-checkpoint-writer", daemon=True)
             self._thread.start()
-        self._some.set()
-        if len(self.pending) >= self._max_rows:
-            self._many.set()
+        if not self._called or len(self.pending) >= self._max_rows:
+            self._called = True
+            self._calls.put(None)
 
     def _run(self) -> None:
-        while not self._closed:
-            self._some.wait()
-            self._some.clear()
-            self._many.wait(self._max_age)
-            self._many.clear()
-            try:
-                self.flush()
-                self._warned = False
-            except Exception as error:  # noqa: BLE001 - whatever write() raises, the thread goes on and tries again
-                if not self._warned:
-                    log.warning(
-                        "%s rows could not be written, they are kept and tried again: %s", len(self.pending), error
-                    )
-                self._warned = True
-                self._some.set()
+        ticket: _Ticket | None = None
+        while ticket is None or not ticket.last:
+            ticket = self._calls.get()
+            deadline = time.monotonic() + self._max_age
+            while ticket is None and len(self.pending) < self._max_rows and deadline > time.monotonic():
+                try:
+                    ticket = self._calls.get(timeout=max(0.0, deadline - time.monotonic()))
+                except Empty:
+                    break
+            self._called = False
+            self._try_to_write(ticket)
 
-    def flush(self) -> None:
-        """Write everything collected so far; raises what ``write`` raises, with the rows kept."""
+    def _try_to_write(self, ticket: _Ticket | None) -> None:
+        try:
+            self._write_pending()
+            self._warned = False
+        except Exception as error:  # noqa: BLE001 - whatever write() raises, the thread goes on and tries again
+            if ticket is not None:
+                ticket.error = error
+            elif not self._warned:
+                log.warning("%s rows could not be written, they are kept and tried again: %s", len(self.pending), error)
+                self._warned = True
+            self._calls.put(None)
+        finally:
+            if ticket is not None:
+                ticket.done.release()
+
+    def _write_pending(self) -> None:
         with self._writing:
             batch = self.pending[:]
             if batch:
                 self._write(batch)
                 del self.pending[: len(batch)]  # others may only have added behind them
 
+    def flush(self) -> None:
+        """Write everything collected so far; raises what ``write`` raises, with the rows kept."""
+        self._wait_for(_Ticket(last=False))
+
     def close(self) -> None:
-        """Write everything and stop the thread; raises what ``write`` raises. Closing twice does nothing."""
-        self._closed = True
-        self._some.set()
-        self._many.set()
-        self.flush()
+        """Write everything and end the thread; raises what ``write`` raises. Closing twice does nothing."""
+        self._wait_for(_Ticket(last=True))
+        self._thread = None
+
+    def _wait_for(self, ticket: _Ticket) -> None:
+        if self._thread is None:
+            return  # nothing was collected
+        if self._thread is threading.current_thread():  # the garbage collector finishes somebody's tracker here
+            self._write_pending()
+            return
+        self._calls.put(ticket)
+        ticket.done.acquire()
+        if ticket.error is not None:
+            raise ticket.error

@@ -298,7 +298,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         Raises:
             ExperimentNotFoundError: nothing says which experiment, or it is not in the database.
             CheckpointNotFoundError: there is none; UnknownCheckpointTypeError: the type is unknown.
-            IntegrityError: a file is missing or changed, also of the latest or best; the text names it and both digests.
+            IntegrityError: a file is missing or changed, also of the latest or best; the text names file and digests.
             HookVetoError: a BEFORE hook stopped it.
             MissingDependencyError: the backend or compression that it was saved with needs a package.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -743,6 +744,30 @@ def test_children_forked_while_a_thread_writes_can_write(path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str([0] * 5), "5"], done.stderr
+
+
+def test_transactions_nest_through_context_managers_of_others(path: Path) -> None:
+    database = EnhancedDatabaseConnection(f"sqlite:///{path}")
+
+    @contextlib.contextmanager
+    def wrapped() -> Iterator[None]:
+        with database.transaction(durable=True):
+            yield
+
+    def fail_inside() -> None:
+        with wrapped():
+            put(database, "lost")
+            raise ZeroDivisionError
+
+    with wrapped():
+        put(database, "wrapped")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(database.transaction(durable=True))
+        put(database, "stacked")
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    assert names_in(database) == ["stacked", "wrapped"]
+    database.close()
 
 
 FORK_THEN_CLOSE = """

@@ -16,16 +16,17 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
 from operator import methodcaller
+from weakref import ReferenceType, ref
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
 from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
 from model_checkpoint.errors import ConfigurationError, FormatVersionError, LockTimeoutError, StorageError
 from model_checkpoint.integrity.hashing import HashingSink, write_file
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
+from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.names import is_id
 
 FORMAT_VERSION = 1
@@ -59,6 +60,8 @@ class CheckpointDirectory:
         self._staging = os.path.join(self._engine, "staging")
         self._trash = os.path.join(self._engine, "trash")
         self._synced: set[str] = set()  # experiments whose folder this object has made durable
+        self._locks: list[ReferenceType[FileIO]] = []
+        watch(self)
         try:
             lasting = self.path
             while not os.path.exists(lasting):
@@ -128,45 +131,61 @@ class CheckpointDirectory:
                 _sync_folder(self._engine)
             self.store_id = self._identify()
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Hold the directory's lock shared: nothing is removed or recovered meanwhile. The kernel drops it on death."""
-        with self._open_lock() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            try:
-                yield
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile
+    def shared(self) -> FileIO:
+        """Take the directory's lock shared, for a ``with`` block: nothing is removed or recovered meanwhile.
 
-    @contextmanager
-    def exclusive(self, timeout: float) -> Iterator[None]:
-        """Hold the lock alone: no save is under way in any process.
+        The lock is a file of its own that the block closes, from which not even a Ctrl-C can keep it; the kernel drops
+        it when the process dies.
+        """
+        lock = self._open_lock()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            return lock
+        except BaseException:
+            lock.close()
+            raise
+
+    def exclusive(self, timeout: float) -> FileIO:
+        """Take the lock alone, for a ``with`` block: no save is under way in any process.
 
         Raises:
             LockTimeoutError: others held it for ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
-        with self._open_lock() as lock:
+        lock = self._open_lock()
+        try:
             while True:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
+                    return lock
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
                         raise LockTimeoutError(
                             f"{self.path} is in use by a save or load elsewhere; try again when it is done"
                         ) from None
                     time.sleep(_LOCK_POLL)
-            try:
-                yield
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)
+        except BaseException:
+            lock.close()
+            raise
+
+    def before_fork(self) -> None:
+        """Nothing has to rest."""
+
+    def after_fork_in_parent(self) -> None:
+        """Nothing rested."""
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's locks, which would otherwise last until the child ends."""
+        for reference in self._locks:
+            lock = reference()
+            if lock is not None:
+                lock.close()
 
     def _open_lock(self) -> FileIO:
         path = os.path.join(self._engine, "gc.lock")
         flags = os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            return FileIO(os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644), "rb+")
+            lock = FileIO(os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644), "rb+")
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES) and os.path.exists(path):
                 return FileIO(os.open(path, flags | os.O_RDONLY), "rb")  # an archive: readers can still take turns
@@ -174,6 +193,8 @@ class CheckpointDirectory:
             if error.errno == errno.ENOENT:
                 advice = "it was removed or unmounted; make a new EnhancedCheckpointManager to start it again"
             raise StorageError("lock the checkpoint directory", path, error, advice) from error
+        self._locks = [*filter(_alive, self._locks), ref(lock)]
+        return lock
 
     def folder(self, experiment_id: str, checkpoint_id: str) -> str:
         """Return the path of a published checkpoint; both ids are our own UUIDs, never text from outside."""
@@ -311,6 +332,9 @@ def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: b
 
     size, digest = write_file(path, compress, hashed)
     return FileEntry(name, file.component, size, digest, codec, raw_size)
+
+
+_alive = methodcaller("__call__")  # of a weak reference: its object, or None
 
 
 def _stamp() -> bytes:

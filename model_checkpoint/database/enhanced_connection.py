@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import CO_GENERATOR
 from itertools import cycle
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ _GONE = (
     "database {} was deleted or replaced while it was open; nothing was stored, it would be lost with the last close. "
     "Put it back, or close this and open it again"
 )
+_CONTEXTLIB = {contextlib._GeneratorContextManager.__enter__.__code__, contextlib.ExitStack.enter_context.__code__}
 _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
 
 
@@ -165,7 +167,8 @@ class EnhancedDatabaseConnection:
         self._writer.lock.acquire()
         mine = self._running = object()
         self._block = sys._getframe(1)
-        while self._block is not None and self._block.f_code.co_filename == contextlib.__file__:
+        # Not contextlib's frames, and not those of other context managers around this one: they come and go.
+        while self._block and (self._block.f_code.co_flags & CO_GENERATOR or self._block.f_code in _CONTEXTLIB):
             self._block = self._block.f_back
         try:
             connection = self._writer.connection or self._open(self._writer)

@@ -25,8 +25,8 @@ class ExperimentTracker:
     """Tracks one experiment; safe to use from many threads.
 
     Metrics are buffered: ``log_metric`` returns at once and a thread writes within half a second. Use it in a ``with``
-    block, or call ``close``, to end it with a status. A ``multiprocessing`` child must ``flush`` or ``close`` before it ends:
-    such a child does not go through the interpreter's exit, and the last half second would be lost.
+    block, or call ``close``, to end it with a status. A ``multiprocessing`` child must ``flush`` or ``close`` before it
+    ends: such a child does not go through the interpreter's exit, and the last half second would be lost.
 
     Args:
         experiment_name: what this run is called; names need not be unique.

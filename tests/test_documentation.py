@@ -74,8 +74,8 @@ def namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Names
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_python_block_runs(document: Path, namespace: Namespace) -> None:
-    for block in blocks(document):
-        run(document, block, namespace)
+    ran = [run(document, block, namespace) for block in blocks(document)]
+    assert len(ran) == document.read_text(encoding="utf-8").count("```python")
 
 
 def test_the_readme_needs_nothing_that_it_does_not_define(namespace: Namespace) -> None:
@@ -83,6 +83,7 @@ def test_the_readme_needs_nothing_that_it_does_not_define(namespace: Namespace) 
         del namespace[name]
     for block in blocks(README):
         run(README, block, namespace)
+    assert namespace["best_checkpoint"]["epoch"] == namespace["epochs"] - 1
 
 
 @pytest.mark.parametrize("document", [README, SPECIFICATION], ids=name_of)
@@ -135,6 +136,7 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
             assert (document.parent / target.partition("#")[0]).exists(), target
 
 
+@pytest.mark.slow
 def test_the_demo_explains_its_options() -> None:
     pytest.importorskip("torch")
     pytest.importorskip("sklearn")

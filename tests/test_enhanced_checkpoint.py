@@ -500,7 +500,7 @@ def test_an_unwritable_directory_is_a_storage_error_naming_it(tracker: Experimen
     assert caught.value.filename == "/proc/checkpoints"
 
 
-@pytest.mark.parametrize("backend", ["safetensors", "pytorch"])
+@pytest.mark.parametrize("backend", ["safetensors", pytest.param("pytorch", marks=pytest.mark.slow)])
 def test_a_full_disk_is_a_storage_error_and_the_next_save_works(tmp_path: Path, backend: str) -> None:
     if backend == "pytorch":
         pytest.importorskip("torch")

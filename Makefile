@@ -14,7 +14,7 @@ demo: $(VENV)/.demo ## train, kill, resume and compare on real images (examples/
 	$(BIN)/python examples/digits.py
 
 test: lint ## lint, then the fast tests, then the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev ## ruff, mypy and the import contracts

@@ -103,7 +103,11 @@ class TestEveryAdapter:
 
 
 class TestWhatIsNoArray:
-    @pytest.mark.parametrize("value", [1, 1.5, "x", None, True, [1], {}, set(), 1j, object(), len, Path("x")], ids=repr)
+    @pytest.mark.parametrize(
+        "value",
+        [1, 1.5, "x", None, True, [1], {}, set(), 1j, object(), len, Path("x")],
+        ids=lambda value: type(value).__name__,
+    )
     def test_other_values_are_nobodys(self, value: object) -> None:
         to_host = adapter_for(type(value))
         assert to_host is None or to_host(value) is None

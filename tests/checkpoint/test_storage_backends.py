@@ -610,7 +610,9 @@ class TestRefusals:
         return caught.value
 
     @pytest.mark.parametrize(
-        "value", [len, lambda: None, object(), (1).__class__, range(3), Ellipsis, Path("x"), iter(())], ids=repr
+        "value",
+        [len, lambda: None, object(), (1).__class__, range(3), Ellipsis, Path("x"), iter(())],
+        ids=lambda value: type(value).__name__,
     )
     def test_a_value_without_a_safe_form_is_named_and_leaves_nothing_behind(self, plain: Store, value: object) -> None:
         error = self.refused(plain, {"layers": [b"array", {"fn": value}], "after": 1})
@@ -829,7 +831,7 @@ class TestPyTorchFile:
             {None: 1, (1, 2): 3},
             "\ud800",
         ],
-        ids=lambda value: repr(value)[:30],
+        ids=lambda value: type(value).__name__,
     )
     def test_every_value_that_is_saved_stays_readable_with_weights_only(self, tmp_path: Path, value: object) -> None:
         store = Store(tmp_path, "pytorch")

@@ -770,6 +770,17 @@ def test_transactions_nest_through_context_managers_of_others(path: Path) -> Non
     database.close()
 
 
+def test_a_damaged_database_is_a_database_error_naming_the_file(path: Path) -> None:
+    database = EnhancedDatabaseConnection(f"sqlite:///{path}")
+    put(database, "a")
+    database.close()
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + b"\xff" * (len(content) - 100))  # the header stays, so that it opens
+    with pytest.raises(DatabaseError, match=r"runs\.db"):
+        EnhancedDatabaseConnection(f"sqlite:///{path}")
+    assert open_files(path) == []
+
+
 FORK_THEN_CLOSE = """
 import os, sys
 from array import array

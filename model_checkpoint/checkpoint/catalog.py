@@ -73,7 +73,7 @@ class CheckpointCatalog:
         checkpoint_type: str | None = None,
         include_metadata: bool = True,
     ) -> list[dict[str, Any]]:
-        """Return this directory's checkpoints in the order of their commits.
+        """Return this directory's checkpoints in the order of their saves.
 
         Args:
             experiment_id: whose; the tracker's when None, and all experiments' without a tracker.

@@ -14,7 +14,7 @@ from model_checkpoint.checkpoint.best import direction
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import ConfigurationError
 
-Records = Sequence[CheckpointRecord]  # of one experiment, in the order of their commits
+Records = Sequence[CheckpointRecord]  # of one experiment, in the order of their saves
 
 
 class Decision(NamedTuple):
@@ -104,7 +104,7 @@ class KeepAny(_Composable):
 
 @dataclass(frozen=True)
 class KeepLast(_Composable):
-    """Keep the newest ``n``, by the order of their commits, not by clock or step."""
+    """Keep the newest ``n``, by the order of their saves, not by clock or step."""
 
     n: int
 

@@ -86,9 +86,12 @@ class EnhancedDatabaseConnection:
         """Whether there is nothing to migrate, found out without the write lock."""
         with self._writer.lock:
             connection = self._open(self._writer)
-            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'migrations'").fetchone():
-                return False
-            (number,) = connection.execute("SELECT MAX(number) FROM migrations").fetchone()
+            try:
+                if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'migrations'").fetchone():
+                    return False
+                (number,) = connection.execute("SELECT MAX(number) FROM migrations").fetchone()
+            except self._dialect.driver_errors as error:
+                raise self._failed(error) from error
             return bool(number == latest_version())
 
     def _new_pool(self) -> None:

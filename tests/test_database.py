@@ -770,12 +770,13 @@ def test_transactions_nest_through_context_managers_of_others(path: Path) -> Non
     database.close()
 
 
-def test_a_damaged_database_is_a_database_error_naming_the_file(path: Path) -> None:
+@pytest.mark.parametrize("sound", [100, 4096], ids=["the header is sound", "the first page is sound"])
+def test_a_damaged_database_is_a_database_error_naming_the_file(path: Path, sound: int) -> None:
     database = EnhancedDatabaseConnection(f"sqlite:///{path}")
     put(database, "a")
     database.close()
     content = path.read_bytes()
-    path.write_bytes(content[:100] + b"\xff" * (len(content) - 100))  # the header stays, so that it opens
+    path.write_bytes(content[:sound] + b"\xff" * (len(content) - sound))
     with pytest.raises(DatabaseError, match=r"runs\.db"):
         EnhancedDatabaseConnection(f"sqlite:///{path}")
     assert open_files(path) == []

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt bench-scale clean
+.PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,7 +15,10 @@ demo: $(VENV)/.demo ## train, kill, resume and compare on real images (examples/
 
 test: lint ## lint, then the fast tests, then the slow ones
 	$(BIN)/python -m pytest -n auto -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
+
+torture: $(VENV)/.dev ## the fault tests in their long form: kills, power loss, failing disks, bit rot, races (hours)
+	$(BIN)/python -m pytest --torture -rs tests/faults tests/test_crash.py
 
 lint: $(VENV)/.dev ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
@@ -26,6 +29,15 @@ lint: $(VENV)/.dev ## ruff, mypy and the import contracts
 fmt: $(VENV)/.dev ## format the code and apply the safe fixes
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+bench-save: $(VENV)/.bench ## durable saves against torch.save, safetensors, DCP and Orbax (benchmarks/save.py)
+	$(BIN)/python benchmarks/save.py
+
+bench-load: $(VENV)/.bench ## loads against the same (benchmarks/load.py)
+	$(BIN)/python benchmarks/load.py
+
+bench-async: $(VENV)/.bench ## how long background saves hold training up (benchmarks/async_save.py)
+	$(BIN)/python benchmarks/async_save.py
 
 bench-scale: $(VENV)/.dev ## measure how saving, listing and retention scale (benchmarks/scale.py)
 	$(BIN)/python benchmarks/scale.py
@@ -40,6 +52,10 @@ $(BIN)/pip:
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev
+	$(INSTALL) -e '.[bench]'
 	@touch $@
 
 # After .demo, never beside it: under make -j two pips would write into one environment.

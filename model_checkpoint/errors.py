@@ -98,6 +98,38 @@ class StorageError(ModelCheckpointError, OSError):
         self.action = action
 
 
+class SaveFailedError(ModelCheckpointError, RuntimeError):
+    """A save in the background failed; the failure itself is the ``__cause__``. That checkpoint does not exist."""
+
+    def __init__(self, checkpoint_id: str, cause: BaseException) -> None:
+        super().__init__(
+            f"the background save of checkpoint {checkpoint_id} failed: {type(cause).__name__}: {cause}; "
+            "that checkpoint does not exist, earlier ones are untouched. Mend the cause and save again"
+        )
+        self.checkpoint_id = checkpoint_id
+
+
+class StateMismatchError(ModelCheckpointError, ValueError):
+    """What a checkpoint holds does not fit the objects it was to be loaded into; they were not changed.
+
+    Attributes:
+        problems: a line for each place: what was saved there, and what is there.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        shown = "".join(f"\n  {problem}" for problem in problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        super().__init__(
+            f"the checkpoint does not fit in {len(problems)} places; nothing was changed. "
+            f"Make the objects as they were when it was saved, or use load_checkpoint():{shown}{more}"
+        )
+        self.problems = problems
+
+
+class Preempted(SystemExit):
+    """The process ends because a signal asked for it; what ``save_on_signal`` promised is saved."""
+
+
 class FormatVersionError(ModelCheckpointError, RuntimeError):
     """A database or checkpoint directory written by a newer version of this package."""
 

@@ -18,11 +18,12 @@ import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.checkpoint.retention import KeepLast
-from model_checkpoint.errors import ConfigurationError, HookRegistrationError, HookVetoError
+from model_checkpoint.errors import ConfigurationError, HookRegistrationError, HookVetoError, StorageError
 from model_checkpoint.hooks import BaseHook, HookContext, HookEvent, HookManager, HookPriority
 
 DEADLINE = 20.0  # seconds that anything may take before it counts as hung
 EVERY = tuple(HookEvent)
+USUAL = {*HookEvent} - {HookEvent.ON_CHECKPOINT_SAVE_FAILED}  # what ``use_everything`` fires
 BEFORE_SAVE = [HookEvent.BEFORE_CHECKPOINT_SAVE]
 AFTER_SAVE = [HookEvent.AFTER_CHECKPOINT_SAVE]
 MODEL = {"weights": b"\x01\x02\x03\x04", "name": "small"}
@@ -72,6 +73,15 @@ def use_everything(manager: EnhancedCheckpointManager) -> str:
     assert manager.verify_experiment_integrity()["verified"] == 1
     assert manager.delete_checkpoint(checkpoint)
     return checkpoint
+
+
+def fail_to_save(manager: EnhancedCheckpointManager) -> None:
+    """Save where that is not possible: the staging area is gone."""
+    staging = Path(manager.checkpoint_dir) / ".engine" / "staging"
+    staging.rmdir()
+    with pytest.raises(StorageError, match="publish a checkpoint"):
+        manager.save_checkpoint(MODEL)
+    staging.mkdir()
 
 
 def files_under(folder: Path) -> set[str]:
@@ -481,13 +491,16 @@ def test_every_event_is_fired_by_real_calls(manager: EnhancedCheckpointManager, 
         HookEvent.BEFORE_CHECKPOINT_DELETE,
         HookEvent.AFTER_CHECKPOINT_DELETE,
     ]
-    assert set(recorder.events) == set(HookEvent)  # a new event needs a place above
     assert {context.checkpoint_id for context in recorder.seen} == {checkpoint}
+    fail_to_save(manager)
+    assert recorder.events[-2:] == [HookEvent.BEFORE_CHECKPOINT_SAVE, HookEvent.ON_CHECKPOINT_SAVE_FAILED]
+    assert recorder.seen[-1].data["error"].startswith("StorageError: ")
+    assert set(recorder.events) == set(HookEvent)  # a new event needs a place above
     assert {context.experiment_id for context in recorder.seen} == {run.experiment_id}
 
 
-def test_every_event_is_a_before_or_an_after_and_only_before_can_be_vetoed() -> None:
-    assert all(event.name.startswith(("BEFORE_", "AFTER_")) for event in HookEvent)
+def test_every_event_says_when_it_comes_and_only_before_can_be_vetoed() -> None:
+    assert all(event.name.startswith(("BEFORE_", "AFTER_", "ON_")) for event in HookEvent)
     assert all(event.can_be_vetoed == event.name.startswith("BEFORE_") for event in HookEvent)
     assert all(event.value == event.name.lower() for event in HookEvent)
 
@@ -611,7 +624,7 @@ def test_hooks_run_outside_every_lock_and_transaction(manager: EnhancedCheckpoin
     manager.delete_checkpoint(checkpoint)
     manager.verify_experiment_integrity()
     assert failures == []
-    assert set(ran) == set(HookEvent)
+    assert set(ran) == USUAL
     assert manager.list_hooks()[0]["failures"] == 0
 
 
@@ -700,6 +713,7 @@ def test_false_from_an_after_hook_is_no_veto(manager: EnhancedCheckpointManager)
     manager.register_hook("false", recorder, after)
     manager.register_hook("later", later, after)
     use_everything(manager)
+    fail_to_save(manager)
     assert set(recorder.events) == set(later.events) == set(after)
 
 
@@ -740,15 +754,16 @@ def test_hooks_that_fail_at_every_event_change_no_outcome(
     with caplog.at_level(logging.ERROR):
         use_everything(manager)
     assert recorder.events.count(HookEvent.AFTER_CHECKPOINT_SAVE) == 1
-    assert set(recorder.events) == set(HookEvent)  # the others run all the same
+    assert set(recorder.events) == USUAL  # the others run all the same
     assert manager.list_checkpoints() == []
     logged = [record.getMessage() for record in caplog.records]
-    assert len(logged) == len(HookEvent)  # once each
-    for event in HookEvent:
+    assert len(logged) == len(USUAL)  # once each
+    for event in USUAL:
         assert sum(event.value in text and "'broken'" in text for text in logged) == 1
     assert manager.hook_manager is not None
     stats = manager.hook_manager.get_performance_stats("broken")
     assert (stats["total_calls"], stats["failed_calls"], stats["successful_calls"]) == (8, 8, 0)
+    fail_to_save(manager)  # with the error that it has without hooks
 
 
 def test_ctrl_c_in_a_hook_is_the_users_and_an_acknowledged_checkpoint_stays(manager: EnhancedCheckpointManager) -> None:

@@ -9,7 +9,19 @@ from model_checkpoint.arrays.dtypes import CODES, DTYPES, DType
 from model_checkpoint.arrays.host import ArrayAdapter, HostArray, Layout
 from model_checkpoint.errors import MissingDependencyError
 
-__all__ = ["CODES", "DTYPES", "ArrayAdapter", "DType", "HostArray", "Layout", "adapter_for", "from_host", "view"]
+__all__ = [
+    "CODES",
+    "DTYPES",
+    "ArrayAdapter",
+    "DType",
+    "HostArray",
+    "Layout",
+    "adapter_for",
+    "fill",
+    "from_host",
+    "settle",
+    "view",
+]
 
 # Top-level module of the array's type -> where its adapter is. Loaded when such an array is met, so the library is
 # imported already: we never import one to find out whether an object is its own.
@@ -19,6 +31,8 @@ _ADAPTERS = {
     "numpy": "model_checkpoint.arrays.numpy:NumpyAdapter",
     "ml_dtypes": "model_checkpoint.arrays.numpy:NumpyAdapter",
     "torch": "model_checkpoint.arrays.torch:TorchAdapter",
+    "jax": "model_checkpoint.arrays.jax:JaxAdapter",
+    "jaxlib": "model_checkpoint.arrays.jax:JaxAdapter",
 }
 _loaded: dict[str, ArrayAdapter] = {}
 
@@ -38,6 +52,21 @@ def adapter_for(kind: type) -> Callable[[object], HostArray | None] | None:
         if library in _ADAPTERS:
             return _adapter(library).to_host
     return None
+
+
+def settle() -> None:
+    """Wait until the ``data`` of every array that ``to_host`` returned to this thread is whole."""
+    for adapter in _loaded.values():
+        adapter.settle()
+
+
+def fill(target: object, array: HostArray) -> None:
+    """Copy the values of ``array`` into ``target``, an array of the same dtype and shape, wherever it is."""
+    for base in type(target).__mro__[:-1]:
+        library = base.__module__.partition(".")[0]
+        if library in _ADAPTERS:
+            return _adapter(library).fill(target, array)
+    raise TypeError(f"{type(target).__name__} is no array")
 
 
 def view(base: object, layout: Layout, offset: int) -> object:

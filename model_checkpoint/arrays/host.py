@@ -35,6 +35,8 @@ class HostArray(NamedTuple):
         kind: what to make of it when loading, such as ``torch``, ``numpy``, ``bytes`` or ``array:f``.
         identity: equal for two arrays that are one (tied): a ``Layout``, or an object's id; None if never tied.
         source: the library's own array in host memory, for backends that store it natively; else None.
+        immutable: whether nobody else can ever change ``data``, be it of an immutable object or a copy that was made
+            just now: a snapshot need not copy it again.
     """
 
     dtype: str
@@ -43,10 +45,11 @@ class HostArray(NamedTuple):
     kind: str
     identity: Hashable = None
     source: object = None
+    immutable: bool = False
 
 
 class ArrayAdapter(Protocol):
-    """Three verbs, the same for every array library; each adapter is one module of this folder."""
+    """The verbs, the same for every array library; each adapter is one module of this folder."""
 
     def to_host(self, value: object) -> HostArray | None:
         """Return ``value`` as host memory, zero-copy where possible; None when it is no array of this library.
@@ -54,6 +57,9 @@ class ArrayAdapter(Protocol):
         Raises:
             ValueError: it is an array that cannot be stored; the text says why and what to do.
         """
+
+    def settle(self) -> None:
+        """Wait until copies from devices that ``to_host`` has begun are whole; their ``data`` is not before that."""
 
     def from_host(self, array: HostArray, device: object = None) -> object:
         """Make the library's array from ``array``, sharing its memory where possible; the caller owns the result.
@@ -65,6 +71,13 @@ class ArrayAdapter(Protocol):
         Raises:
             MissingDependencyError: the library, or one that it needs for this dtype, is not installed.
             ConfigurationError: the device cannot be used.
+        """
+
+    def fill(self, target: object, array: HostArray) -> None:
+        """Copy the values of ``array`` into ``target``, an array of this library with the same dtype and shape.
+
+        Raises:
+            ValueError: it cannot be written.
         """
 
     def view(self, base: object, layout: Layout, offset: int) -> object:

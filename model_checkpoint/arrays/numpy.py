@@ -32,13 +32,21 @@ class NumpyAdapter:
         if kind == "numpy" and array.size and little is array and _whole(array):
             strides = tuple(s // array.itemsize for s in array.strides)
             identity = Layout("cpu", array.ctypes.data, array.dtype.name, array.shape, strides)
-        return HostArray(array.dtype.name, array.shape, memoryview(flat.view(np.uint8)), kind, identity)
+        data = memoryview(flat.view(np.uint8))
+        copied = not np.may_share_memory(flat, array)
+        return HostArray(array.dtype.name, array.shape, data, kind, identity, immutable=copied)
+
+    def settle(self) -> None:
+        """Nothing is copied in the background."""
 
     def from_host(self, array: HostArray, device: object = None) -> object:
         np = require("numpy", "numpy", "loading a NumPy array")
         flat = np.frombuffer(array.data, dtype=self._dtype(np, array.dtype))
         made = flat.reshape(array.shape)
         return made[()] if array.kind == "numpy.scalar" else made
+
+    def fill(self, target: object, array: HostArray) -> None:
+        target[...] = self.from_host(array)  # type: ignore[index]
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
         np = require("numpy", "numpy", "loading a NumPy array")

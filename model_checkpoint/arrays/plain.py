@@ -34,8 +34,12 @@ class PlainAdapter:
             data = memoryview(b"") if value.nbytes == 0 else flat.cast("B")
             return HostArray(dtype, tuple(value.shape or ()), data, f"memoryview:{value.format}", id(value))
         if isinstance(value, (bytes, bytearray)):
-            return HostArray("uint8", (len(value),), memoryview(value), type(value).__name__, id(value))
+            name, frozen = type(value).__name__, isinstance(value, bytes)
+            return HostArray("uint8", (len(value),), memoryview(value), name, id(value), immutable=frozen)
         return None
+
+    def settle(self) -> None:
+        """Nothing is copied."""
 
     def from_host(self, array_: HostArray, device: object = None) -> object:
         kind, _, detail = array_.kind.partition(":")
@@ -52,6 +56,13 @@ class PlainAdapter:
         if flat.nbytes == 0:
             return memoryview(b"").cast(format)  # type: ignore[call-overload]
         return flat.cast(format, array_.shape)  # type: ignore[call-overload]
+
+    def fill(self, target: object, array: HostArray) -> None:
+        flat = memoryview(target)  # type: ignore[arg-type]
+        if flat.readonly or not flat.c_contiguous:
+            raise ValueError("its memory is read-only or has gaps")
+        if flat.nbytes:
+            flat.cast("B")[:] = array.data
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
         if not isinstance(base, memoryview):

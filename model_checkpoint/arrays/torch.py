@@ -1,4 +1,9 @@
-"""PyTorch tensors on any device; host tensors are stored from their own memory, without a copy."""
+"""PyTorch tensors on any device; host tensors are stored from their own memory, without a copy.
+
+Those of a GPU are copied to pinned memory on a stream of their own, beside what training has queued after them. Torch
+keeps pinned memory that is let go for the next copy of that size. Source: "CUDA semantics" of PyTorch's notes, "Use
+pinned memory buffers" and "CUDA streams".
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 class TorchAdapter:
     """Adapter of ``torch.Tensor`` and ``torch.nn.Parameter`` (kind ``torch``)."""
 
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
     def to_host(self, value: object) -> HostArray | None:
         import torch  # its own tensor is here, so it is loaded
 
@@ -30,13 +38,35 @@ class TorchAdapter:
         if value.numel() and not (value.is_conj() or value.is_neg()):  # those differ from their memory by a lazy bit
             identity = Layout(str(value.device), value.data_ptr(), dtype, tuple(value.shape), value.stride())
         # Conjugate and negative views are lazy bits over shared memory: resolve them before looking at bytes.
-        host = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        plain = value.detach().resolve_conj().resolve_neg()
+        if plain.device.type == "cuda" and identity is not None:
+            host = self._pinned(torch, plain)
+        else:
+            host = plain.cpu().contiguous()
+        copied = host.data_ptr() != value.data_ptr()
         nbytes = host.numel() * host.element_size()
         buffer: Any = b""
         if nbytes:
             buffer = (ctypes.c_ubyte * nbytes).from_address(host.data_ptr())
             buffer.owner = host  # whoever holds the memoryview keeps the tensor, and so the memory, alive
-        return HostArray(dtype, tuple(host.shape), memoryview(buffer).cast("B"), "torch", identity, host)
+        data = memoryview(buffer).cast("B")
+        return HostArray(dtype, tuple(host.shape), data, "torch", identity, host, immutable=copied)
+
+    def _pinned(self, torch: Any, value: torch.Tensor) -> torch.Tensor:
+        """Begin to copy a GPU's tensor; the copy is whole when ``settle`` has returned."""
+        if value.device not in self._streams:
+            self._streams[value.device] = torch.cuda.Stream(value.device)
+        stream = self._streams[value.device]
+        stream.wait_stream(torch.cuda.current_stream(value.device))
+        with torch.cuda.stream(stream):
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            host.copy_(value, non_blocking=True)
+        value.record_stream(stream)  # so that its memory is not given away before it is read
+        return host  # type: ignore[no-any-return]
+
+    def settle(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
 
     def from_host(self, array: HostArray, device: Any = None) -> object:
         torch = require("torch", "torch", "loading a torch tensor")
@@ -47,6 +77,9 @@ class TorchAdapter:
             return tensor.to(device)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise ConfigurationError(f"device={device!r} cannot take a tensor: {error}") from error
+
+    def fill(self, target: object, array: HostArray) -> None:
+        target.detach().copy_(self.from_host(array))  # type: ignore[attr-defined]
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
         torch = require("torch", "torch", "loading a torch tensor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,12 +15,32 @@ _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
 def check_at_least_one(**values: int | None) -> None:
-    """Raise ConfigurationError unless each value is an integer from 1 (or None, for ``max_checkpoints``)."""
+    """Raise ConfigurationError unless each value is an integer from 1, or None where that has a meaning."""
     for name, value in values.items():
-        if name == "max_checkpoints" and value is None:
+        if name in ("max_checkpoints", "io_threads", "max_shard_size") and value is None:
             continue
         if not isinstance(value, int) or value < 1:
             raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ConfigurationError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def integers(**values: Any) -> list[int]:
+    """Return the values as 64-bit integers; raises UnsupportedValueError or ConfigurationError for one that is none."""
+    numbers = []
+    for name, value in values.items():
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise UnsupportedValueError(name, value, "it must be an integer") from None
+        if not -(2**63) <= number < 2**63:
+            raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
+        numbers.append(number)
+    return numbers
 
 
 def label(name: str) -> str:

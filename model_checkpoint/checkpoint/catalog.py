@@ -66,6 +66,7 @@ class CheckpointCatalog:
     _best_metrics: dict[str, str]
     _totals: dict[str, float]
     _totals_lock: threading.Lock
+    _inside: threading.local  # its ``hook`` says whether this thread is in one, where SystemExit would get lost
 
     def list_checkpoints(
         self,
@@ -286,7 +287,8 @@ class CheckpointCatalog:
         """Return what this manager did.
 
         Returns:
-            Sums: ``saves``, ``loads``, ``bytes_written``, ``save_seconds``, ``load_seconds``; ``cache`` as
+            Sums: ``saves``, ``loads``, ``bytes_written``, ``save_seconds``, ``load_seconds``, ``stall_seconds`` (for
+            which background saves held up their callers); ``cache`` as
             ``LRUCache.stats`` has it (None without one); ``hooks`` as ``HookManager.get_performance_stats`` has it.
         """
         with self._totals_lock:
@@ -295,11 +297,22 @@ class CheckpointCatalog:
         totals["hooks"] = self.hook_manager.get_performance_stats() if self.hook_manager is not None else {}
         return totals
 
+    def _count(self, **more: float) -> None:
+        with self._totals_lock:
+            for name, value in more.items():
+                self._totals[name] += value
+
     def _fire(self, event: HookEvent, data: Mapping[str, Any], checkpoint_id: str, experiment_id: str) -> None:
         """Run the hooks of ``event``; raises HookVetoError where one vetoes."""
         if self.hook_manager is None or event not in self.hook_manager.listening:
             return
-        result = self.hook_manager.fire_hook(event, data=data, checkpoint_id=checkpoint_id, experiment_id=experiment_id)
+        outer, self._inside.hook = getattr(self._inside, "hook", False), True
+        try:
+            result = self.hook_manager.fire_hook(
+                event, data=data, checkpoint_id=checkpoint_id, experiment_id=experiment_id
+            )
+        finally:
+            self._inside.hook = outer
         if result.stopped_by is not None:
             raise HookVetoError(result.stopped_by, event.value, result.reason)
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -16,22 +17,29 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from io import FileIO
-from operator import methodcaller
+from operator import attrgetter, methodcaller
+from threading import Event
 from weakref import ReferenceType, ref
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
+from model_checkpoint.checkpoint.identity import identify, stamp
 from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
-from model_checkpoint.errors import ConfigurationError, FormatVersionError, LockTimeoutError, StorageError
-from model_checkpoint.integrity.hashing import HashingSink, write_file
+from model_checkpoint.errors import ConfigurationError, LockTimeoutError, StorageError
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
+from model_checkpoint.integrity.sha256 import CHUNK
+from model_checkpoint.integrity.writing import FileSink, write_bytes, write_file
 from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.names import is_id
+from model_checkpoint.utils.parallel import run
 
-FORMAT_VERSION = 1
 _COPY_PATIENCE = 10.0  # seconds to wait for the exclusive lock of a directory that turns out to be a copy
-_LOCK_POLL = 0.02  # seconds between tries for the exclusive lock
+_LOCK_POLL = 0.02  # seconds between tries for a lock
+_TURN = 1.0  # seconds for which one who wants the lock alone keeps others from beginning
+_WORTH_THREADS = 8 << 20  # bytes; starting threads takes longer than writing less
+_UNKNOWN = 1 << 62  # for a file whose size is not known ahead: as large as can be
 
 ManifestOf = Callable[[Sequence[FileEntry]], tuple[bytes, str]]  # the manifest's bytes and their digest
 
@@ -66,16 +74,17 @@ class CheckpointDirectory:
             lasting = self.path
             while not os.path.exists(lasting):
                 lasting = os.path.dirname(lasting)
+            _refuse_links(self._engine, self._staging, self._trash)
             for folder in (self._staging, self._trash):
                 os.makedirs(folder, exist_ok=True)
-            self.store_id = self._identify()
+            self.store_id = identify(self._engine)
             for folder in (self._engine, self.path):
                 _sync_folder(folder)
             folder = self.path
             while folder != lasting:  # every folder that was made, in the one that it was made in
                 folder = os.path.dirname(folder)
                 _sync_folder(folder)
-        except ConfigurationError:
+        except (ConfigurationError, StorageError):
             raise
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigurationError(
@@ -86,30 +95,6 @@ class CheckpointDirectory:
         except OSError as error:
             advice = "choose a checkpoint_dir that you may write to, on a disk with space"
             raise StorageError("open the checkpoint directory", self.path, error, advice) from error
-
-    def _identify(self) -> str:
-        name = os.path.join(self._engine, "format.json")
-        if not os.path.exists(name):
-            mine = f"{name}.{uuid.uuid4()}"
-            write_file(mine, methodcaller("write", _stamp()), hashed=False)
-            try:
-                os.link(mine, name)  # of several processes that open a new directory, the first one names it
-            except FileExistsError:
-                pass
-            finally:
-                os.unlink(mine)
-        with open(name, "rb") as file:
-            try:
-                content = json.load(file)
-                version, store_id = int(content["format_version"]), str(uuid.UUID(content["store_id"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{name} is damaged ({error}); restore it from a copy, or move it away: a new one is made and the "
-                    "checkpoints are found again by their manifests"
-                ) from error
-        if version > FORMAT_VERSION:
-            raise FormatVersionError(f"checkpoint directory {self.path}", version, FORMAT_VERSION)
-        return store_id
 
     def be_distinct_from(self, other: str) -> None:
         """Take a new store id if this is a copy of the directory ``other``, which is still there with the same id.
@@ -124,12 +109,12 @@ class CheckpointDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return  # nothing of that name there: this directory was moved
         with self.exclusive(_COPY_PATIENCE):
-            if self._identify() == self.store_id:
+            if identify(self._engine) == self.store_id:
                 mine = os.path.join(self._engine, f"format.json.{uuid.uuid4()}")
-                write_file(mine, methodcaller("write", _stamp()), hashed=False)
+                write_bytes(mine, stamp())
                 os.replace(mine, os.path.join(self._engine, "format.json"))
                 _sync_folder(self._engine)
-            self.store_id = self._identify()
+            self.store_id = identify(self._engine)
 
     def shared(self) -> FileIO:
         """Take the directory's lock shared, for a ``with`` block: nothing is removed or recovered meanwhile.
@@ -139,6 +124,10 @@ class CheckpointDirectory:
         """
         lock = self._open_lock()
         try:
+            with self._open_turn() as turn:
+                deadline = time.monotonic() + 2 * _TURN  # a process that was stopped may be in the way
+                while not _try_lock(turn, fcntl.LOCK_SH) and time.monotonic() < deadline:
+                    time.sleep(_LOCK_POLL)
             fcntl.flock(lock, fcntl.LOCK_SH)
             return lock
         except BaseException:
@@ -154,16 +143,20 @@ class CheckpointDirectory:
         deadline = time.monotonic() + timeout
         lock = self._open_lock()
         try:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return lock
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
+            with self._open_turn() as turn:
+                began = time.monotonic()
+                while not _try_lock(lock, fcntl.LOCK_EX):
+                    now = time.monotonic()
+                    if now >= deadline:
                         raise LockTimeoutError(
                             f"{self.path} is in use by a save or load elsewhere; try again when it is done"
-                        ) from None
+                        )
+                    if (now - began) % (2 * _TURN) < _TURN:  # no new ones begin, so that it comes to be free
+                        _try_lock(turn, fcntl.LOCK_EX)
+                    else:  # it is a long save: let others begin beside it
+                        fcntl.flock(turn, fcntl.LOCK_UN)
                     time.sleep(_LOCK_POLL)
+            return lock
         except BaseException:
             lock.close()
             raise
@@ -196,6 +189,16 @@ class CheckpointDirectory:
         self._locks = [*filter(_alive, self._locks), ref(lock)]
         return lock
 
+    def _open_turn(self) -> FileIO:
+        """Open what one who waits for the lock alone holds, to let no others begin: it might never be free."""
+        name = os.path.join(self._engine, "format.json")  # which is there in archives, too
+        try:
+            turn = open(name, "rb", buffering=0)
+        except OSError as error:
+            raise StorageError("lock the checkpoint directory", name, error, "open it again") from error
+        self._locks.append(ref(turn))
+        return turn
+
     def folder(self, experiment_id: str, checkpoint_id: str) -> str:
         """Return the path of a published checkpoint; both ids are our own UUIDs, never text from outside."""
         return os.path.join(self.path, experiment_id, checkpoint_id)
@@ -204,11 +207,12 @@ class CheckpointDirectory:
         self,
         experiment_id: str,
         checkpoint_id: str,
-        planned: Iterable[PlannedFile],
+        planned: Sequence[PlannedFile],
         manifest_of: ManifestOf,
         *,
         codec: str | None,
         hashed: bool,
+        threads: int,
     ) -> tuple[list[FileEntry], str]:
         """Write a checkpoint beside the others and publish it whole; the caller holds ``shared()``.
 
@@ -220,6 +224,7 @@ class CheckpointDirectory:
             manifest_of: makes the manifest from the files as they were written.
             codec: compression of the files, or None.
             hashed: whether to compute digests.
+            threads: how many files are written at once.
 
         Returns:
             The files as they were written, and the manifest's digest.
@@ -227,14 +232,15 @@ class CheckpointDirectory:
         Raises:
             StorageError: the file system refused (full, read-only, I/O error); the staging folder is removed.
         """
-        staging, target = os.path.join(self._staging, checkpoint_id), self.folder(experiment_id, checkpoint_id)
+        staging = os.path.join(self._staging, checkpoint_id)
+        target = os.path.join(self.path, experiment_id, checkpoint_id)
         try:
+            if os.path.islink(self._staging) or os.path.islink(os.path.dirname(target)):
+                _refuse_links(self._staging, os.path.dirname(target))
             os.mkdir(staging)
-            entries = []
-            for file in planned:
-                entries.append(_write_planned(staging, file, codec, hashed))
+            entries = _write_all(staging, planned, codec, hashed, threads)
             manifest, digest = manifest_of(entries)
-            write_file(os.path.join(staging, FILE_NAME), methodcaller("write", manifest), hashed=False)
+            write_bytes(os.path.join(staging, FILE_NAME), manifest)
             _sync_folder(staging)
             self._make_durable(experiment_id)
             os.rename(staging, target)  # the id is new, and a folder that has files is never replaced
@@ -273,6 +279,7 @@ class CheckpointDirectory:
 
     def discard_staged(self, checkpoint_id: str) -> None:
         """Remove an unfinished checkpoint whose writer is dead; the caller holds ``exclusive()``."""
+        _refuse_links(self._engine, self._staging)
         shutil.rmtree(os.path.join(self._staging, checkpoint_id))
 
     def trash(self, experiment_id: str, checkpoint_id: str) -> None:
@@ -287,14 +294,15 @@ class CheckpointDirectory:
         return os.path.isdir(target)
 
     def _move(self, source: str, target: str) -> None:
+        _refuse_links(self._engine, os.path.dirname(source), os.path.dirname(target))
         try:
-            os.rename(source, target)
-        except FileNotFoundError:
-            return
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(source, target)
+                _sync_folder(os.path.dirname(target))
+                _sync_folder(os.path.dirname(source))
         except OSError as error:
-            raise StorageError("move a checkpoint", source, error, "it is where it was") from error
-        _sync_folder(os.path.dirname(target))
-        _sync_folder(os.path.dirname(source))
+            advice = "opening the directory again settles where it is"
+            raise StorageError("move a checkpoint", source, error, advice) from error
 
     def check_writable(self) -> None:
         """Raise StorageError unless checkpoints can be moved to the trash."""
@@ -312,33 +320,70 @@ class CheckpointDirectory:
 
     def unlink_trashed(self, checkpoint_id: str) -> None:
         """Remove a checkpoint in the trash for good."""
+        _refuse_links(self._engine, self._trash)
         shutil.rmtree(self.trash_folder(checkpoint_id), ignore_errors=True)
 
 
-def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool) -> FileEntry:
+_size_of = attrgetter("size")
+
+
+def _write_all(
+    staging: str, planned: Sequence[PlannedFile], codec: str | None, hashed: bool, threads: int
+) -> list[FileEntry]:
+    """Write the files, the largest first, so that the last ones to end are small; returns them in the order given."""
+    stop = Event()
+    sizes = list(map(_size_of, planned))
+    if None not in sizes and sum(sizes) < _WORTH_THREADS:
+        entries = []
+        for file in planned:
+            entries.append(_write_planned(staging, file, codec, hashed, stop))
+        return entries
+    sizes = [_UNKNOWN if size is None else size for size in sizes]
+    order = sorted(range(len(planned)), key=sizes.__getitem__, reverse=True)
+    written = run([partial(_write_planned, staging, planned[i], codec, hashed, stop) for i in order], threads, stop)
+    return [entry for _, entry in sorted(zip(order, written))]
+
+
+def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool, stop: Event) -> FileEntry:
     name = file.name if codec is None else file.name + SUFFIX[codec]
     path = os.path.join(staging, name)
     if codec is None:
-        size, digest = write_file(path, file.write, hashed)
-        return FileEntry(name, file.component, size, digest)
-    raw_size = 0
+        written = write_file(path, file.write, hashed, file.size, stop)
+        raw_size = None
+    else:
+        compressing: CompressingSink
 
-    def compress(sink: HashingSink) -> None:
-        nonlocal raw_size
-        compressing = CompressingSink(sink, codec)
-        file.write(compressing)
-        compressing.finish()
+        def compress(sink: FileSink) -> None:
+            nonlocal compressing
+            compressing = CompressingSink(sink, codec)
+            file.write(compressing)
+            compressing.finish()
+
+        written = write_file(path, compress, hashed, stop=stop)
         raw_size = compressing.raw_size
+    chunk_size = CHUNK if written.states else None
+    return FileEntry(name, file.component, written.size, written.sha256, codec, raw_size, chunk_size, written.states)
 
-    size, digest = write_file(path, compress, hashed)
-    return FileEntry(name, file.component, size, digest, codec, raw_size)
+
+def _try_lock(lock: FileIO, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 _alive = methodcaller("__call__")  # of a weak reference: its object, or None
 
 
-def _stamp() -> bytes:
-    return json.dumps({"format_version": FORMAT_VERSION, "store_id": str(uuid.uuid4())}).encode()
+def _refuse_links(*folders: str) -> None:
+    """Raise StorageError if a link stands in the place of a folder of ours: what lies behind it is not ours."""
+    for folder in folders:
+        if os.path.islink(folder):
+            cause = OSError(errno.ELOOP, "a link stands in its place")
+            raise StorageError(
+                "use a folder of the checkpoint directory", folder, cause, "move the folder itself there"
+            )
 
 
 def _sync_folder(path: str) -> None:

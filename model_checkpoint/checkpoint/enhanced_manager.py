@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import operator
+import signal
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model_checkpoint.checkpoint.arguments import check_at_least_one, check_constructor, label, numbers
+from model_checkpoint.checkpoint.arguments import check_at_least_one, check_constructor, integers, label, numbers
+from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
 from model_checkpoint.checkpoint.catalog import Tracker, database_of, payload
 from model_checkpoint.checkpoint.compression import best_codec
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
-from model_checkpoint.checkpoint.reader import STATE_FILE, CheckpointReader
+from model_checkpoint.checkpoint.lifecycle import ManagerLifecycle
+from model_checkpoint.checkpoint.preemption import SignalWatch
+from model_checkpoint.checkpoint.reader import STATE_FILE
 from model_checkpoint.checkpoint.recovery import recover
-from model_checkpoint.checkpoint.removal import CheckpointRemoval
 from model_checkpoint.checkpoint.retention import Protection, RetentionPolicy
-from model_checkpoint.checkpoint.state import encode
+from model_checkpoint.checkpoint.snapshot import SnapshotBuffer
+from model_checkpoint.checkpoint.state import EncodedState, encode
 from model_checkpoint.checkpoint.storage import PlannedFile
 from model_checkpoint.checkpoint.storage import storage_backend as find_backend
 from model_checkpoint.database.checkpoints import details_of
 from model_checkpoint.database.models import CheckpointRecord
-from model_checkpoint.errors import (
-    CheckpointNotFoundError,
-    ConfigurationError,
-    ExperimentNotFoundError,
-    IntegrityError,
-    UnsupportedValueError,
-)
+from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
-from model_checkpoint.integrity.verification import read_manifest
 from model_checkpoint.performance import LRUCache
+from model_checkpoint.utils.fork import renew_in_child
 from model_checkpoint.utils.jsonable import escape, text, to_jsonable, to_number
+from model_checkpoint.utils.parallel import default_threads
 
 if TYPE_CHECKING:
     from os import PathLike
 
 __all__ = ["EnhancedCheckpointManager"]
 
+log = logging.getLogger(__name__)
 
-class EnhancedCheckpointManager(CheckpointRemoval):
+_TOTALS = ("saves", "save_seconds", "stall_seconds", "bytes_written", "loads", "load_seconds")
+
+
+class _Call(NamedTuple):
+    """What a save was called with, and what else was true then.
+
+    Attributes:
+        record, details: what the user gave.
+        experiment: what manifests tell of the experiment.
+        hashed: whether to compute digests.
+        position: how many metric points there were; None: as many as there are at the commit.
+    """
+
+    record: CheckpointRecord
+    details: Mapping[str, Any]
+    experiment: Mapping[str, Any]
+    hashed: bool
+    position: int | None = None
+
+
+class EnhancedCheckpointManager(ManagerLifecycle):
     """Saves training state crash-proof and verified, finds the best, keeps what the retention policy says, and loads.
 
     One manager may be used by many threads, and one directory by many managers and processes.
@@ -67,7 +87,11 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         best_metrics: metric name -> ``min`` or ``max`` where the name does not tell; the first is ``best_metric``.
         protected_types: checkpoint types that are never removed.
         retention_policy: replaces ``max_checkpoints`` and ``save_frequency``: ``KeepLast(3) | KeepBest(2, "f1")``.
-        max_shard_size: bytes of array data above which a file is split.
+        max_shard_size: bytes of array data above which a file is split; when None, large ones are split into about 8
+            parts of at least 256 MiB, which are written at the same time.
+        async_save: whether saves return as soon as the state is copied; ``blocking`` of a save overrides it.
+        max_pending_saves: background saves that may be under way, each with a copy of the state; a further one waits.
+        io_threads: how many threads hash, write, read and copy at once; one a core, up to 16, when None.
 
     Raises:
         ConfigurationError: an argument that cannot be used.
@@ -96,11 +120,15 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         best_metrics: Mapping[str, str] | None = None,
         protected_types: Collection[str] = (),
         retention_policy: RetentionPolicy | None = None,
-        max_shard_size: int = 5 << 30,  # 5 GiB
+        max_shard_size: int | None = None,
+        async_save: bool = False,
+        max_pending_saves: int = 1,
+        io_threads: int | None = None,
     ) -> None:
         check_constructor(experiment_tracker, retention_policy, protected_types, best_metrics)
         check_at_least_one(save_frequency=save_frequency, max_checkpoints=max_checkpoints)
-        check_at_least_one(max_shard_size=max_shard_size, cache_size=cache_size)
+        check_at_least_one(max_shard_size=max_shard_size, cache_size=cache_size, max_pending_saves=max_pending_saves)
+        check_at_least_one(io_threads=io_threads)
         self.checkpoint_dir = "checkpoints" if checkpoint_dir is None else checkpoint_dir
         self.hook_manager = HookManager() if enable_hooks else None
         self._backend = find_backend(storage_backend)
@@ -115,10 +143,18 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         self._max_shard_size = max_shard_size
         self._tracker = experiment_tracker
         self._experiments: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._totals = dict.fromkeys(("saves", "save_seconds", "bytes_written", "loads", "load_seconds"), 0.0)
+        self._async = async_save
+        self._threads = default_threads() if io_threads is None else io_threads
+        self._queue = SaveQueue(max_pending_saves)
+        self._signals: SignalWatch | None = None
+        self._at_signal: Callable[[], Mapping[str, Any]] = dict
+        self._totals = dict.fromkeys(_TOTALS, 0.0)
         self._totals_lock = threading.Lock()
+        renew_in_child(self, "_totals_lock", threading.Lock)
+        self._inside = threading.local()
         self._directory = CheckpointDirectory(self.checkpoint_dir)
         self._db = database_of(experiment_tracker, database_url)
+        self._db.before_close(self._queue.wait)
         recover(self._directory, self._db, self._best_metrics)
 
     def save_checkpoint(  # noqa: PLR0913 - the names and defaults are the specification's
@@ -142,8 +178,15 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         checkpoint_type: str | None = None,
         *,
         extra_state: object = None,
+        blocking: bool | None = None,
     ) -> str:
         """Save a checkpoint; when this returns, it survives a crash of the process, the machine and the power.
+
+        With ``blocking=False``, or ``async_save=True`` of the manager, it returns as soon as the state is copied into
+        memory of the engine's own: whatever happens to the state afterwards, the checkpoint holds what it was. It is
+        durable when ``wait`` returns; checkpoints are committed in the order of the calls. A failure is raised by the
+        next save or load, by ``wait`` and by ``close``. Closing the manager, leaving its ``with`` block, the end of the
+        interpreter and SIGTERM finish what is pending.
 
         Args:
             model, optimizer, scheduler: anything with ``state_dict()``, or a nested dict, list or tuple of arrays and
@@ -159,6 +202,7 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             update_best: False keeps it out of the competition for best flags.
             checkpoint_type: a label to list, protect and load by, of letters, digits, ``_.-``; ``regular`` when None.
             extra_state: whatever else training needs to go on, such as RNG states; same forms as ``model``.
+            blocking: whether to wait until it is durable; None for what the manager's ``async_save`` says.
 
         Returns:
             The checkpoint's id, a UUID of 36 characters.
@@ -169,9 +213,14 @@ class EnhancedCheckpointManager(CheckpointRemoval):
             HookVetoError: a BEFORE hook stopped it.
             StorageError: the disk is full or refused; earlier checkpoints are untouched.
             DatabaseError: the database refused; the next manager on this directory finds what was published.
+            SaveFailedError: an earlier save in the background failed; nothing of this one was saved.
+            Preempted: a signal came that ``save_on_signal`` watches for; this checkpoint is durable.
         """
+        if self._queue.failures and not (self._signals is not None and self._signals.may_end()):
+            self._queue.raise_failure()  # not where the state must be saved now; close() will raise it
         started = time.perf_counter()
-        epoch, step = _integers(epoch=epoch, step=step)
+        if type(epoch) is not int or type(step) is not int or (epoch | step) >> 63:  # what is plain needs no check
+            epoch, step = integers(epoch=epoch, step=step)
         record = CheckpointRecord(
             id=str(uuid.uuid4()),
             experiment_id=self._experiment_to_save(experiment_id),
@@ -192,53 +241,84 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         for name, wanted in (("optimizer", save_optimizer), ("scheduler", save_scheduler), ("extra", True)):
             if components[name] is None or not wanted:
                 del components[name]
+        state = encode(components)
         details = details_of(record)
-        planned = self._plan(components)
-        hooks = self.hook_manager
-        if hooks is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in hooks.listening:
+        if self.hook_manager is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in self.hook_manager.listening:
             self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
+        call = _Call(record, details, self._experiments[record.experiment_id][1], compute_checksum and self._integrity)
+        if (self._async if blocking is None else not blocking) and not self._queue.is_worker():
+            self._submit(call, state)
+            self._count(stall_seconds=time.perf_counter() - started)
+        else:
+            if self._queue.jobs:
+                self._queue.wait()  # the order of commits is the order of calls
+            self._save(call, state)
+        if self._signals is not None and self._signals.may_end() and not getattr(self._inside, "hook", False):
+            self._end(record.id)
+        return record.id
+
+    def _submit(self, call: _Call, state: EncodedState) -> None:
+        """Copy the state and hand it to the background."""
         if self._tracker is not None and self._tracker.unflushed:
-            self._tracker.flush()  # so that the commit notes where the metrics stood
-        with self._directory.shared():
-            record, taken, count = self._write(record, details, planned, compute_checksum and self._integrity)
-        self._count(saves=1, save_seconds=time.perf_counter() - started, bytes_written=record.size)
+            self._tracker.flush()
+        call = call._replace(position=self._db.experiments.position(call.record.experiment_id))
+        self._queue.submit(call.record.id, partial(_take, state, self._threads), partial(self._save, call))
+
+    def _save(self, call: _Call, state: EncodedState) -> None:
+        """Make a checkpoint of a state that does not change meanwhile, in whatever thread."""
+        record, saved = call.record, None
+        started = time.perf_counter()
+        hooks = self.hook_manager
+        try:
+            tree = state.to_json()
+            planned = self._backend.plan(state, self._max_shard_size)
+            planned.append(PlannedFile(STATE_FILE, None, len(tree), operator.methodcaller("write", tree)))
+            if self._tracker is not None and self._tracker.unflushed:
+                self._tracker.flush()  # so that the commit notes where the metrics stood
+            try:
+                with self._directory.shared():
+                    saved = self._write(call, planned)
+            except OSError:
+                if saved is None:
+                    raise
+                log.exception("the lock of %s was not closed well; what it was held for is done", self.checkpoint_dir)
+        except (Exception, SystemExit) as error:
+            told = {**payload(record), "error": f"{type(error).__name__}: {error}"}
+            self._fire(HookEvent.ON_CHECKPOINT_SAVE_FAILED, told, record.id, record.experiment_id)
+            raise
+        record, taken, count = saved
+        with self._totals_lock:
+            self._totals["saves"] += 1
+            self._totals["save_seconds"] += time.perf_counter() - started
+            self._totals["bytes_written"] += record.size
         if hooks is not None and HookEvent.AFTER_CHECKPOINT_SAVE in hooks.listening:
             outcome = {**payload(record), "size": record.size, "best": sorted(taken)}
             self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)
         if self._policy is not None or (self._max_checkpoints is not None and count > self._max_checkpoints):
             self._retain(record.experiment_id)
-        return record.id
 
-    def _plan(self, components: Mapping[str, object]) -> list[PlannedFile]:
-        state = encode(components)
-        tree = state.to_json()
-        state_file = PlannedFile(STATE_FILE, None, len(tree), operator.methodcaller("write", tree))
-        return [*self._backend.plan(state, self._max_shard_size), state_file]
-
-    def _write(
-        self, record: CheckpointRecord, details: Mapping[str, Any], planned: Sequence[PlannedFile], hashed: bool
-    ) -> tuple[CheckpointRecord, Mapping[str, float], int]:
+    def _write(self, call: _Call, planned: Sequence[PlannedFile]) -> tuple[CheckpointRecord, Mapping[str, float], int]:
         """Intent, bytes, manifest, publication, commit; returns record, flags taken, and how many there are now."""
-        store, rows = self._directory.store_id, self._db.checkpoints
-        sequence = rows.begin(record, details, store)
+        record, store, rows = call.record, self._directory.store_id, self._db.checkpoints
+        sequence = rows.begin(record, call.details, store)
         try:
-            manifest_of = partial(self._manifest, record, details, sequence)
+            manifest_of = partial(_manifest, call, sequence)
             entries, digest = self._directory.write(
-                record.experiment_id, record.id, planned, manifest_of, codec=self._codec, hashed=hashed
+                record.experiment_id,
+                record.id,
+                planned,
+                manifest_of,
+                codec=self._codec,
+                hashed=call.hashed,
+                threads=self._threads,
             )
         except BaseException:
             self._give_up(record.id)
             raise
         record = replace(record, size=sum(map(operator.attrgetter("size"), entries)), manifest_sha256=digest)
         files = map(operator.attrgetter("name", "size", "sha256"), entries)
-        return (record, *rows.commit(record, store, files, partial(flags_taken, overrides=self._best_metrics)))
-
-    def _manifest(
-        self, record: CheckpointRecord, details: Mapping[str, Any], sequence: int, entries: Sequence[FileEntry]
-    ) -> tuple[bytes, str]:
-        experiment = self._experiments[record.experiment_id][1]
-        files = tuple(entries)
-        return Manifest(record.id, record.created_at, record.backend, sequence, experiment, details, files).to_bytes()
+        decide = partial(flags_taken, overrides=self._best_metrics)
+        return (record, *rows.commit(record, store, files, decide, call.position))
 
     def _experiment_to_save(self, experiment_id: str | None) -> str:
         """Return the experiment's id, after noting what manifests tell of it."""
@@ -264,137 +344,57 @@ class EnhancedCheckpointManager(CheckpointRemoval):
         names = ("id", "name", "project", "parent_id", "created_at", "config", "metadata", "tags")
         return {name: escape(getattr(found, name)) for name in names}
 
-    def _count(self, **more: float) -> None:
-        with self._totals_lock:
-            for name, value in more.items():
-                self._totals[name] += value
+    def save_on_signal(
+        self, state: Callable[[], Mapping[str, Any]], signals: Collection[int] = (signal.SIGTERM, signal.SIGUSR1)
+    ) -> None:
+        """Save when the process is told to end, once, where training says that its state is whole; then let it end.
 
-    def load_checkpoint(
-        self,
-        checkpoint_id: str | None = None,
-        experiment_id: str | None = None,
-        checkpoint_type: str = "latest",
-        verify_integrity: bool = True,
-        device: object = None,
-        load_optimizer: bool = True,
-        load_scheduler: bool = True,
-    ) -> dict[str, Any]:
-        """Load a checkpoint; every byte is compared with its digest before it is decoded, and no code of it runs.
+        A signal is only noted. At the next ``safe_point()``, or ``save_checkpoint()``, which is one too, the state is
+        saved, and the process goes the way that the signal would have sent it: an earlier Python handler is called;
+        where there was none, ``Preempted`` (a SystemExit with status 128 + the signal) unwinds the program. Call this
+        again to replace ``state``; ``close`` ends it.
 
         Args:
-            checkpoint_id: which; when None, the one that ``experiment_id`` and ``checkpoint_type`` say.
-            experiment_id: whose; the tracker's when None.
-            checkpoint_type: ``latest``, ``best_loss``, ``best_val_loss``, ``best_metric``, ``best:<metric>``, or a
-                label given when saving, of which the newest is taken.
-            verify_integrity: False maps the files without reading them: fast, but a changed byte goes unseen.
-            device: where torch tensors go; None is host memory.
-            load_optimizer, load_scheduler: False leaves that part out, unread.
-
-        Returns:
-            A dict with ``model_state_dict``, ``optimizer_state_dict``, ``scheduler_state_dict``, ``extra_state`` (None
-            where there is none), ``epoch``, ``step``, ``loss``, ``val_loss``, ``metrics``, ``config`` and
-            ``_checkpoint_metadata``. The caller owns all of it.
+            state: called at the safe point; returns the arguments of ``save_checkpoint``, as a dict.
+            signals: numbers of ``signal``.
 
         Raises:
-            ExperimentNotFoundError: nothing says which experiment, or it is not in the database.
-            CheckpointNotFoundError: there is none; UnknownCheckpointTypeError: the type is unknown.
-            IntegrityError: a file is missing or changed, also of the latest or best; the text names file and digests.
-            HookVetoError: a BEFORE hook stopped it.
-            MissingDependencyError: the backend or compression that it was saved with needs a package.
+            ConfigurationError: this is not the main thread, or a signal cannot be handled.
         """
-        started = time.perf_counter()
-        wanted = experiment_id or self._own_experiment()
-        if checkpoint_id is None and wanted is None:
-            raise ExperimentNotFoundError("Must provide experiment_id or checkpoint_id when there is no tracker")
-        components = {"model", "extra"}
-        components |= ({"optimizer"} if load_optimizer else set()) | ({"scheduler"} if load_scheduler else set())
-        while True:
-            record = self._record(self._resolve(wanted, checkpoint_type) if checkpoint_id is None else checkpoint_id)
-            self._fire(HookEvent.BEFORE_CHECKPOINT_LOAD, {}, record.id, record.experiment_id)
-            try:
-                state = self._read(record, components, verify_integrity and self._integrity, device)
-                break
-            except CheckpointNotFoundError:  # removed since it was looked up
-                if checkpoint_id is not None:
-                    raise
-        self._count(loads=1, load_seconds=time.perf_counter() - started)
-        loaded = {
-            **{f"{name}_state_dict": state.get(name) for name in ("model", "optimizer", "scheduler")},
-            "extra_state": state.get("extra"),
-            **{name: getattr(record, name) for name in ("epoch", "step", "loss", "val_loss")},
-            **copy.deepcopy({"metrics": record.metrics, "config": record.config}),  # the record may be in the cache
-            "_checkpoint_metadata": self._flags(record),
-        }
-        self._fire(HookEvent.AFTER_CHECKPOINT_LOAD, loaded["_checkpoint_metadata"], record.id, record.experiment_id)
-        return loaded
+        if not callable(state):
+            raise ConfigurationError(f"save_on_signal wants a function that returns arguments, not {state!r}")
+        earlier = self._signals
+        if earlier is not None:
+            earlier.stop()
+        self._signals, self._at_signal = SignalWatch(signals), state
+        if earlier is not None and earlier.received is not None:
+            self._signals.received = earlier.received
 
-    def _read(
-        self, record: CheckpointRecord, components: Collection[str], verify: bool, device: object
-    ) -> dict[str, Any]:
-        with self._directory.shared():  # nothing is removed while it is read
-            if self._db.checkpoints.get(self._directory.store_id, record.id) is None:
-                raise CheckpointNotFoundError(record.id, "it was deleted meanwhile; list_trash() shows it")
-            folder = self._directory.folder(record.experiment_id, record.id)
-            try:
-                manifest, _ = read_manifest(folder, record.manifest_sha256)
-            except IntegrityError as error:
-                self._note(record.id, error, [])
-                raise
-            reader = CheckpointReader(folder, manifest, verify)
-            try:
-                state = reader.load(components, device)
-            except IntegrityError as error:
-                if not reader.sound:
-                    self._note(record.id, error, [])
-                raise
-            if verify and len(reader.checks) == len(manifest.files):  # a part says nothing of the whole
-                self._note(record.id, None, reader.checks)
-            return state
-
-    def register_hook(self, *arguments: Any, **options: Any) -> None:
-        """Register a hook; takes what ``HookManager.register_hook`` takes, and raises what it raises.
+    def safe_point(self) -> None:
+        """Say that the training state is whole: if a signal came (see ``save_on_signal``), it is saved and we end.
 
         Raises:
-            ConfigurationError: the manager was made with ``enable_hooks=False``.
+            Preempted: a signal came; the state is durable.
         """
-        self._hooks().register_hook(*arguments, **options)
+        if self._signals is None or not self._signals.may_end() or getattr(self._inside, "hook", False):
+            return
+        self.save_checkpoint(**{**self._at_signal(), "blocking": True})
 
-    def unregister_hook(self, name: str) -> bool:
-        """Forget a hook; returns whether it was there."""
-        return self._hooks().unregister_hook(name)
-
-    def list_hooks(self, event: HookEvent | None = None) -> list[dict[str, Any]]:
-        """Return what is registered, see ``HookManager.list_hooks``."""
-        return self._hooks().list_hooks(event)
-
-    def _hooks(self) -> HookManager:
-        if self.hook_manager is None:
-            raise ConfigurationError("this manager has no hooks; make it with enable_hooks=True")
-        return self.hook_manager
-
-    def close(self) -> None:
-        """Let go of the database, unless it is the tracker's. Closing twice does nothing."""
-        if self._tracker is None:
-            self._db.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("cannot copy or pickle a manager; pass checkpoint_dir and experiment_id, and make one there")
-
-    def __enter__(self) -> EnhancedCheckpointManager:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _end(self, checkpoint_id: str) -> None:
+        """Let the process end by the signal that came, now that ``checkpoint_id`` holds its state."""
+        self._queue.wait()
+        self._queue.raise_failure(checkpoint_id)
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.end()
 
 
-def _integers(**values: Any) -> list[int]:
-    numbers = []
-    for name, value in values.items():
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise UnsupportedValueError(name, value, "it must be an integer") from None
-        if not -(2**63) <= number < 2**63:
-            raise ConfigurationError(f"{name} {number} does not fit into 64 bits")
-        numbers.append(number)
-    return numbers
+def _take(state: EncodedState, threads: int, buffer: SnapshotBuffer) -> EncodedState:
+    return buffer.take(state, threads)
+
+
+def _manifest(call: _Call, sequence: int, entries: Sequence[FileEntry]) -> tuple[bytes, str]:
+    record = call.record
+    return Manifest(
+        record.id, record.created_at, record.backend, sequence, call.experiment, call.details, tuple(entries)
+    ).to_bytes()

@@ -14,17 +14,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from model_checkpoint.checkpoint.best import flags_taken
+from model_checkpoint.checkpoint.best import elect, flags_taken
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.database.checkpoints import Decide, decode_details
-from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
+from model_checkpoint.database.checkpoints import Decide
+from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord, decode_details
 from model_checkpoint.errors import DatabaseError, FormatVersionError, IntegrityError, LockTimeoutError
 from model_checkpoint.integrity.manifest import FILE_NAME, Manifest
 from model_checkpoint.integrity.verification import read_manifest, verify_folder
 from model_checkpoint.utils.jsonable import unescape
 
 log = logging.getLogger(__name__)
+
+_PATIENCE = 10.0  # seconds that ``rebuild`` waits for saves of other processes
 
 
 @dataclass
@@ -42,6 +44,7 @@ class RecoveryReport:
         readmitted: in the trash, but unknown to the database; listed there again, to be undeleted or emptied.
         purged: past undoing, found in the trash; removed.
         left_alone: not recognised or not whole; still where they are.
+        corrected: their rows did not say what their manifests say (``rebuild`` only).
     """
 
     rolled_forward: list[str] = field(default_factory=list)
@@ -54,6 +57,7 @@ class RecoveryReport:
     readmitted: list[str] = field(default_factory=list)
     purged: list[str] = field(default_factory=list)
     left_alone: list[str] = field(default_factory=list)
+    corrected: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
@@ -233,6 +237,46 @@ def _roll_forward(
         db.experiments.set_parent(manifest.experiment["id"], manifest.experiment["parent_id"])
 
 
+def rebuild(
+    directory: CheckpointDirectory, db: EnhancedDatabaseConnection, best_metrics: Mapping[str, str]
+) -> RecoveryReport:
+    """Recover, then make every row of the directory say what its manifest says.
+
+    Raises:
+        LockTimeoutError: saves of other processes kept the directory busy.
+    """
+    rows, store = db.checkpoints, directory.store_id
+    with directory.exclusive(_PATIENCE):
+        known = rows.statuses(store)
+        experiments = {experiment_id for _, experiment_id, _ in known.values()}
+        corrected, corrupt = [], []
+        for experiment_id, checkpoint_id in directory.published():
+            status = known.get(checkpoint_id, ("trashed",))[0]  # without a row: recovery makes one, or says why not
+            check = verify_folder(directory.folder(experiment_id, checkpoint_id)) if status != "trashed" else {}
+            if not check or not check["verified"]:
+                corrupt += [checkpoint_id] if check and status in ("committed", "corrupt") else []
+                continue
+            manifest, digest = read_manifest(directory.folder(experiment_id, checkpoint_id))
+            if manifest.experiment["id"] != experiment_id:
+                continue  # a copy in the wrong place: recovery says so
+            db.experiments.create(experiment_of(manifest))
+            experiments.add(experiment_id)
+            files = [(f.name, f.size, f.sha256) for f in manifest.files]
+            if rows.correct(record_of(manifest, digest), files, manifest.sequence):
+                corrected.append(checkpoint_id)
+            rows.record_verification(checkpoint_id, check, time.time())
+        report = _recover(directory, db, best_metrics)
+        report.corrected = corrected
+        for checkpoint_id in set(corrupt) - set(report.corrupt):
+            problem = f"checkpoint {checkpoint_id} is corrupt, nothing was removed"
+            rows.record_verification(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
+            report.corrupt.append(checkpoint_id)
+        for experiment_id in experiments:
+            with db.transaction(durable=True):
+                rows.replace_holders(experiment_id, elect(rows.of_experiment(experiment_id), best_metrics))
+        return report
+
+
 def _admit(
     directory: CheckpointDirectory, db: EnhancedDatabaseConnection, manifest: Manifest, digest: str, decide_best: Decide
 ) -> bool:
@@ -242,7 +286,7 @@ def _admit(
         files = [(f.name, f.size, f.sha256) for f in manifest.files]
         with db.transaction(durable=True):
             db.experiments.create(experiment_of(manifest))
-            db.checkpoints.commit(record, directory.store_id, files, decide_best, manifest.sequence)
+            db.checkpoints.commit(record, directory.store_id, files, decide_best, sequence=manifest.sequence)
         return True
     except (ValueError, TypeError, KeyError, OverflowError, DatabaseError) as error:  # sealed by somebody else
         log.error("the manifest of checkpoint %s holds what was never saved: %s", manifest.checkpoint_id, error)

@@ -15,7 +15,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, from_host, view
+from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, from_host, settle, view
 from model_checkpoint.checkpoint.ties import Placed, merge_overlaps
 from model_checkpoint.errors import FormatError, UnsupportedValueError
 
@@ -58,6 +58,8 @@ def encode(components: Mapping[str, object]) -> EncodedState:
         encoder.component = encoder.arrays.setdefault(name, {})
         encoder.tree[name] = encoder.node(value, (name,))
     placed = sorted(encoder.placed, key=_address)
+    if placed and placed[-1][0].device != "cpu":  # layouts sort by device: "cuda:0" comes after "cpu"
+        settle()
     end = 0
     for layout, span, _ in placed:
         if layout.address < end:
@@ -243,8 +245,18 @@ class Decoder:
             self._made[component, key] = from_host(array._replace(kind=self._kind or array.kind), self._device)
         return self._made[component, key]
 
+    def place(self, tree: dict[str, Any], stored: HostArray) -> None:
+        """Make the array that the node ``tree`` refers to from what was ``stored``, before the tree is decoded."""
+        self._made[tree["of"], tree["$array"]] = self._make(tree, stored)
+
+    def adopt(self, tree: dict[str, Any], array: object) -> None:
+        """Let the node ``tree`` decode to ``array``, which holds the stored values already."""
+        self._made[tree["of"], tree["$array"]] = array
+
     def _load(self, tree: dict[str, Any]) -> object:
-        stored = self._fetch(tree["of"], tree["$array"])
+        return self._make(tree, self._fetch(tree["of"], tree["$array"]))
+
+    def _make(self, tree: dict[str, Any], stored: HostArray) -> object:
         dtype, shape = tree["dtype"], tuple(tree["shape"])
         if dtype not in DTYPES or stored.data.nbytes * 8 != _bits(shape, DTYPES[dtype].bits):
             raise FormatError(

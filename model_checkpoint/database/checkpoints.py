@@ -12,9 +12,10 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from model_checkpoint.database.models import CheckpointRecord
+from model_checkpoint.database.models import COLUMNS, CheckpointRecord, record_of_row
 from model_checkpoint.database.schema import Executes
-from model_checkpoint.utils.jsonable import escape, unescape
+from model_checkpoint.errors import DatabaseError
+from model_checkpoint.utils.jsonable import escape
 
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 Scores = Mapping[str, float]  # criterion -> value
 Decide = Callable[[CheckpointRecord, Scores, Collection[str]], Scores]
 
-_PLAIN = "id, experiment_id, backend, size, created_at, pinned, sequence, status, manifest_sha256"
 _LIVE = "('committed', 'corrupt')"
+_REPAIR = "rebuild_index() writes rows anew from the manifests, and so does opening the directory with a new database"
 
 
 class CheckpointTable:
@@ -66,12 +67,14 @@ class CheckpointTable:
         store_id: str,
         files: Iterable[tuple[str, int, str | None]],
         decide: Decide,
+        position: int | None = None,
         sequence: int | None = None,
     ) -> tuple[Scores, int]:
         """Make a published checkpoint exist: the row, its files and the best flags, in one durable transaction.
 
         Args:
             record: with its final size and manifest digest. Without a row yet (recovery), one is made.
+            position: how many metric points the experiment had when it was saved; None: as many as it has now.
             sequence: the manifest's, for a row that is made: what was found late is not what was saved last.
             store_id: the directory that it is in.
             files: (name, bytes, SHA-256 or None) of each.
@@ -82,15 +85,17 @@ class CheckpointTable:
             The criteria that it took, with its values; and how many checkpoints the experiment now has in the store.
         """
         bind = {"id": record.id, "store": store_id, "size": record.size, "digest": record.manifest_sha256}
-        bind["experiment"] = record.experiment_id
+        bind |= {"experiment": record.experiment_id, "position": position}
         with self._db.transaction(durable=True) as connection:
             if not connection.execute("SELECT 1 FROM checkpoints WHERE id = :id", bind).fetchone():
                 _insert(connection, record, details_of(record), store_id, sequence)
             connection.execute(
                 "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest, "
-                "metric_position = (SELECT points FROM experiments WHERE id = :experiment) WHERE id = :id",
+                "metric_position = COALESCE(:position, (SELECT points FROM experiments WHERE id = :experiment)) "
+                "WHERE id = :id",
                 bind,
             )
+            connection.execute("DELETE FROM files WHERE checkpoint_id = :id", bind)  # of an earlier try
             for file in files:
                 connection.execute(
                     "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)", (record.id, *file)
@@ -115,6 +120,41 @@ class CheckpointTable:
                 bind,
             ).fetchone()
         return taken, count
+
+    def correct(self, record: CheckpointRecord, files: list[tuple[str, int, str | None]], sequence: int) -> bool:
+        """Let the row of a checkpoint say what ``record`` says, its files too; returns whether it did not already."""
+        details = json.dumps(details_of(record))
+        named = (
+            "id",
+            "experiment_id",
+            "checkpoint_type",
+            "epoch",
+            "step",
+            "backend",
+            "size",
+            "created_at",
+            "manifest_sha256",
+        )
+        bind = {**{name: getattr(record, name) for name in named}, "details": details, "sequence": sequence}
+        bind["update_best"] = int(record.update_best)
+        columns = [name for name in bind if name != "id"]
+        with self._db.transaction(durable=True) as connection:
+            same = " AND ".join(f"{name} IS :{name}" for name in columns)
+            rows = connection.execute("SELECT name, size, sha256 FROM files WHERE checkpoint_id = :id", bind).fetchall()
+            if (
+                sorted(rows) == sorted(files)
+                and connection.execute(f"SELECT 1 FROM checkpoints WHERE id = :id AND {same}", bind).fetchone()
+            ):
+                return False
+            change = ", ".join(f"{name} = :{name}" for name in columns)
+            connection.execute(f"UPDATE checkpoints SET {change} WHERE id = :id", bind)
+            connection.execute("DELETE FROM files WHERE checkpoint_id = :id", bind)
+            connection.executemany(
+                "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)",
+                [(record.id, *file) for file in files],
+            )
+            _bump_of(connection, record.id)
+        return True
 
     def fail(self, checkpoint_id: str) -> None:
         """Note that a save did not come to its end."""
@@ -264,7 +304,7 @@ class CheckpointTable:
                 _bump_of(connection, checkpoint_id)
 
     def _records(self, where: str, **bind: Any) -> list[CheckpointRecord]:
-        rows = self._db.query(f"SELECT {_PLAIN}, details FROM checkpoints WHERE {where}", bind)
+        rows = self._db.query(f"SELECT {COLUMNS}, details FROM checkpoints WHERE {where}", bind)
         chosen = f"(SELECT id FROM checkpoints WHERE {where.partition(' ORDER BY')[0]})"
         best: dict[str, set[str]] = {}
         for holder, criterion in self._db.query(
@@ -276,11 +316,14 @@ class CheckpointTable:
             f"WHERE id IN (SELECT MAX(id) FROM verifications WHERE checkpoint_id IN {chosen} GROUP BY checkpoint_id)",
             bind,
         )
-        checks = {
-            row[0]: {"verified_at": row[1], "verified": bool(row[2]), "error": row[3], "files": json.loads(row[4])}
-            for row in last
-        }
-        return [_record(row, frozenset(best.get(row[0], ())), checks.get(row[0])) for row in rows]
+        try:
+            checks = {
+                row[0]: {"verified_at": row[1], "verified": bool(row[2]), "error": row[3], "files": json.loads(row[4])}
+                for row in last
+            }
+            return [record_of_row(row, frozenset(best.get(row[0], ())), checks.get(row[0])) for row in rows]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DatabaseError(f"a checkpoint's row in {self._db!r} is damaged ({error}); {_REPAIR}") from error
 
 
 def details_of(record: CheckpointRecord) -> dict[str, Any]:
@@ -302,19 +345,6 @@ def details_of(record: CheckpointRecord) -> dict[str, Any]:
             if type(value) is float and value - value != 0:  # strict JSON has neither NaN nor the infinities
                 scores[name] = repr(value)
     return details
-
-
-def decode_details(details: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a ``CheckpointRecord`` that ``details_of`` encoded."""
-    scores = {name: None if details[name] is None else float(details[name]) for name in ("loss", "val_loss")}
-    metrics = {name: float(value) for name, value in details["metrics"].items()}
-    return {**details, **scores, "metrics": metrics, "config": unescape(details["config"])}
-
-
-def _record(row: tuple[Any, ...], best: frozenset[str], verification: Mapping[str, Any] | None) -> CheckpointRecord:
-    plain = dict(zip(_PLAIN.split(", "), row))
-    plain["pinned"] = bool(plain["pinned"])
-    return CheckpointRecord(**plain, **decode_details(json.loads(row[-1])), best=best, verification=verification)
 
 
 def _insert(

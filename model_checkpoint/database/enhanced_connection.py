@@ -7,12 +7,13 @@ import fcntl
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import CO_GENERATOR
-from itertools import cycle
+from itertools import chain, cycle
 from types import FrameType
 from typing import Any
+from weakref import WeakMethod
 
 from model_checkpoint.database.checkpoints import CheckpointTable
 from model_checkpoint.database.experiments import ExperimentTable
@@ -70,6 +71,7 @@ class EnhancedDatabaseConnection:
         self._running: object = None  # that transaction, and the frame whose with block it is
         self._block: FrameType | None = None
         self._new_pool()
+        self._closers: list[WeakMethod[Callable[[], object]]] = []
         watch(self)
         try:
             if not self._up_to_date():
@@ -223,7 +225,10 @@ class EnhancedDatabaseConnection:
         with slot.lock:
             slot.busy = True
             try:
-                return self._open(slot).execute(sql, parameters or {}).fetchall()
+                rows: list[tuple[Any, ...]] = self._open(slot).execute(sql, parameters or {}).fetchall()
+                if bytes in set(map(type, chain.from_iterable(rows))):  # we store none
+                    raise DatabaseError(f"database {self._dialect.path} is damaged: it holds bytes where text was")
+                return rows
             except self._dialect.driver_errors as error:
                 raise self._failed(error) from error
             finally:
@@ -247,6 +252,10 @@ class EnhancedDatabaseConnection:
         )
         return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")
 
+    def before_close(self, finish: Callable[[], object]) -> None:
+        """Call ``finish``, a method whose object this does not keep alive, before the connections are closed."""
+        self._closers.append(WeakMethod(finish))
+
     def close(self) -> None:
         """Close every connection, each when its transaction has ended. Closing twice does nothing.
 
@@ -255,6 +264,10 @@ class EnhancedDatabaseConnection:
         """
         if self._inside():
             raise DatabaseError(f"database {self._dialect.path}: close() inside a transaction; leave it first")
+        for closer in self._closers:
+            finish = closer()
+            if finish is not None:
+                finish()
         self._closed = True
         for slot in self._slots():
             with slot.lock:

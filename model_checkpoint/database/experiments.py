@@ -54,6 +54,11 @@ class ExperimentTable:
             self.add_tags(experiment.id, experiment.tags)
             self._set_parameters(experiment.id, experiment.config)
 
+    def position(self, experiment_id: str) -> int:
+        """Return how many metric points are stored of an experiment."""
+        rows = self._db.query("SELECT points FROM experiments WHERE id = :id", {"id": experiment_id})
+        return int(rows[0][0]) if rows else 0
+
     def set_parent(self, experiment_id: str, parent_id: str | None) -> None:
         """Put an experiment that has no parent under one that exists; does nothing otherwise."""
         with self._db.transaction(durable=True) as connection:

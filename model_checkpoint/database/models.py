@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from model_checkpoint.utils.jsonable import unescape
+
+COLUMNS = "id, experiment_id, backend, size, created_at, pinned, sequence, status, manifest_sha256"
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,19 @@ class CheckpointRecord:
         if criterion == "val_loss":
             return self.val_loss
         return self.metrics.get(criterion.removeprefix("metrics."))
+
+
+def decode_details(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ``CheckpointRecord`` that ``checkpoints.details_of`` encoded."""
+    scores = {name: None if details[name] is None else float(details[name]) for name in ("loss", "val_loss")}
+    metrics = {name: float(value) for name, value in details["metrics"].items()}
+    return {**details, **scores, "metrics": metrics, "config": unescape(details["config"])}
+
+
+def record_of_row(
+    row: tuple[Any, ...], best: frozenset[str], verification: Mapping[str, Any] | None
+) -> CheckpointRecord:
+    """Return the record of a row: ``COLUMNS``, then its details as JSON."""
+    plain = dict(zip(COLUMNS.split(", "), row))
+    plain["pinned"] = bool(plain["pinned"])
+    return CheckpointRecord(**plain, **decode_details(json.loads(row[-1])), best=best, verification=verification)

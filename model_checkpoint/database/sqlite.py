@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -46,7 +47,8 @@ class SQLiteDialect:
         True: ("PRAGMA synchronous=FULL", "BEGIN IMMEDIATE"),
         False: ("PRAGMA synchronous=NORMAL", "BEGIN IMMEDIATE"),
     }
-    driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error,)
+    # The second one comes from damaged text in the file.
+    driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, UnicodeDecodeError)
 
     def __init__(self, path: str, busy_timeout: float) -> None:
         self.in_memory = path == ":memory:"
@@ -79,7 +81,7 @@ class SQLiteDialect:
             if not self.in_memory:
                 self._open_log(connection)
                 connection.inode = os.stat(self.path).st_ino
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             if connection is not None:
                 self.close(connection)
             raise DatabaseError(
@@ -125,4 +127,5 @@ class SQLiteDialect:
         """Close a connection. The last one checkpoints the log, which SQLite does only when it has the file alone."""
         connection.close()
         if connection.guard is not None:
-            connection.guard.close()
+            with contextlib.suppress(OSError):  # a lock: nothing was written to it, and the kernel has let go of it
+                connection.guard.close()

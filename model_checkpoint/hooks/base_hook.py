@@ -13,6 +13,7 @@ class HookEvent(str, Enum):
 
     BEFORE_CHECKPOINT_SAVE = "before_checkpoint_save"
     AFTER_CHECKPOINT_SAVE = "after_checkpoint_save"
+    ON_CHECKPOINT_SAVE_FAILED = "on_checkpoint_save_failed"
     BEFORE_CHECKPOINT_LOAD = "before_checkpoint_load"
     AFTER_CHECKPOINT_LOAD = "after_checkpoint_load"
     BEFORE_CHECKPOINT_DELETE = "before_checkpoint_delete"

@@ -12,6 +12,7 @@ from typing import Any
 
 from model_checkpoint.errors import HookRegistrationError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority, HookResult
+from model_checkpoint.utils.fork import renew_in_child
 from model_checkpoint.utils.jsonable import scalar
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class HookManager:
         self.listening: dict[HookEvent, tuple[_Hook, ...]] = {}
         self._hooks: dict[str, _Hook] = {}
         self._lock = threading.RLock()
+        renew_in_child(self, "_lock", threading.RLock)
 
     def register_hook(
         self,

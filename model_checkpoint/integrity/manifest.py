@@ -14,6 +14,7 @@ from model_checkpoint.utils.names import is_id
 FILE_NAME = "checkpoint.json"
 FORMAT_VERSION = 1
 _DIGEST = "manifest_sha256"
+_STATE = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")  # no separators, no leading dot: never another folder
 
 
@@ -27,6 +28,9 @@ class FileEntry(NamedTuple):
         sha256: its digest in hex, what ``sha256sum`` prints; None when it was saved without.
         compression: ``zlib``, ``zstd`` or None.
         raw_size: its length in bytes before compression; None when it is not compressed.
+        chunk_size: bytes from one of ``states`` to the next, a multiple of 64; None when there are none.
+        states: of SHA-256 after each chunk but the last, 64 hex digits each (see ``integrity.sha256``), so that a part
+            of the file can be verified alone.
     """
 
     name: str
@@ -35,6 +39,8 @@ class FileEntry(NamedTuple):
     sha256: str | None
     compression: str | None = None
     raw_size: int | None = None
+    chunk_size: int | None = None
+    states: tuple[str, ...] = ()
 
 
 class Manifest(NamedTuple):
@@ -74,8 +80,7 @@ class Manifest(NamedTuple):
 def _seal(content: dict[str, Any]) -> tuple[bytes, str]:
     bare = json.dumps(content, indent=1, allow_nan=False).encode()
     digest = hashlib.sha256(bare).hexdigest()
-    sealed = json.dumps({**content, _DIGEST: digest}, indent=1, allow_nan=False).encode()
-    return sealed, digest
+    return bare[:-2] + f',\n "{_DIGEST}": "{digest}"\n}}'.encode(), digest
 
 
 def parse_manifest(data: bytes, path: str) -> tuple[Manifest, str]:
@@ -108,7 +113,7 @@ def parse_manifest(data: bytes, path: str) -> tuple[Manifest, str]:
     problem = _problem(content)
     if problem is not None:
         raise IntegrityError(path, f"the manifest is not of the form that this package writes ({problem})")
-    files = tuple(FileEntry(**entry) for entry in content.pop("files"))
+    files = tuple(FileEntry(**{**entry, "states": tuple(entry["states"])}) for entry in content.pop("files"))
     return Manifest(**content, files=files), digest
 
 
@@ -155,6 +160,8 @@ _FILE: dict[str, tuple[type, ...]] = {
     "sha256": _OPTIONAL_STR,
     "compression": _OPTIONAL_STR,
     "raw_size": _OPTIONAL_INT,
+    "chunk_size": _OPTIONAL_INT,
+    "states": (list,),
 }
 
 
@@ -177,9 +184,18 @@ def _problem(content: dict[str, Any]) -> str | None:
             return f"no checkpoint has a file {file['name']!r}"
         if file["size"] < 0 or (file["raw_size"] or 0) < 0:
             return f"file {file['name']!r} has a negative size"
+        if not _fit(file["states"], file["chunk_size"], file["size"]):
+            return f"file {file['name']!r} has states that do not fit its size"
     if len({file["name"] for file in content["files"]}) != len(content["files"]):
         return "a file stands twice"
     return None
+
+
+def _fit(states: list[Any], chunk_size: int | None, size: int) -> bool:
+    if chunk_size is None or not states:
+        return chunk_size is None and not states
+    count = -(-size // chunk_size) - 1 if chunk_size > 0 and chunk_size % 64 == 0 else -1
+    return len(states) == count and all(isinstance(state, str) and _STATE.fullmatch(state) for state in states)
 
 
 def _mismatch(found: dict[str, Any], expected: dict[str, tuple[type, ...]]) -> str | None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from model_checkpoint.errors import CheckpointNotFoundError, FormatVersionError, IntegrityError, StorageError
-from model_checkpoint.integrity.hashing import digest_file, open_to_read
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
+from model_checkpoint.integrity.reading import digest_file, open_to_read
 
 
 class ChecksumCalculator:

@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from model_checkpoint.errors import ConfigurationError
+from model_checkpoint.utils.fork import renew_in_child
 
 
 class LRUCache:
@@ -34,6 +35,7 @@ class LRUCache:
         self.default_ttl = default_ttl
         self._clock = clock
         self._lock = Lock()
+        renew_in_child(self, "_lock", Lock)
         self._entries: OrderedDict[Hashable, tuple[Any, float | None]] = OrderedDict()  # value, time of death
         self._hits = self._misses = self._evictions = self._expired = 0
 

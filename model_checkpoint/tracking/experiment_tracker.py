@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.experiments import Point
 from model_checkpoint.database.models import ExperimentRecord
-from model_checkpoint.errors import ConfigurationError, DatabaseError, ExperimentNotFoundError, UnsupportedValueError
+from model_checkpoint.errors import (
+    ConfigurationError,
+    DatabaseError,
+    ExperimentNotFoundError,
+    Preempted,
+    UnsupportedValueError,
+)
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.report import FORMATS, render
 from model_checkpoint.utils.jsonable import text, to_jsonable, to_number, to_step
@@ -238,7 +244,7 @@ class ExperimentTracker:
         if kind is None:
             self.close("completed")
         else:
-            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+            self.close("interrupted" if issubclass(kind, (KeyboardInterrupt, Preempted)) else "failed")
 
     def __repr__(self) -> str:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"

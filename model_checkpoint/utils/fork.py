@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import count
 from threading import Lock
 from typing import Protocol
@@ -37,6 +38,15 @@ def watch(forkable: Forkable) -> None:
     _objects[number] = ref(forkable, lambda _: _objects.pop(number, None))
 
 
+_locks: dict[int, tuple[ReferenceType[object], str, Callable[[], object]]] = {}
+
+
+def renew_in_child(owner: object, attribute: str, make: Callable[[], object]) -> None:
+    """Set ``attribute`` of ``owner`` to ``make()`` in forked children: a thread that held that lock is not there."""
+    number = next(_numbers)
+    _locks[number] = (ref(owner, lambda _: _locks.pop(number, None)), attribute, make)
+
+
 def _before() -> None:
     _forking.acquire()
     for _, reference in sorted(_objects.copy().items(), reverse=True):
@@ -56,6 +66,9 @@ def _after_in_child() -> None:
     global _forking
     _forking = Lock()
     _resting.clear()
+    for owner, attribute, make in list(_locks.values()):
+        if owner() is not None:
+            setattr(owner(), attribute, make())
     for reference in list(_objects.values()):  # also one that an interrupt kept from coming to rest
         forkable = reference()
         if forkable is not None:

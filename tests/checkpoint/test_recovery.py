@@ -90,7 +90,9 @@ def dying_at(number, real):
 
 def open_manager(backend="safetensors"):
     url = f"sqlite:///{folder}/experiments.db"
-    return EnhancedCheckpointManager(None, folder + "/checkpoints", storage_backend=backend, database_url=url)
+    return EnhancedCheckpointManager(  # one thread, so that files are written in their order
+        None, folder + "/checkpoints", storage_backend=backend, database_url=url, io_threads=1
+    )
 
 register_storage_backend("dying", Dying)
 if "manager." in call:

@@ -43,12 +43,13 @@ class StorageBackend(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
+    def plan(self, state: EncodedState, max_shard_size: int | None) -> list[PlannedFile]:
         """Return the files that hold ``state.arrays``; the engine stores ``state.tree`` itself.
 
         Args:
             state: the arrays to store. Their memory is borrowed until the last planned file is written.
-            max_shard_size: bytes of array data above which a component is split, by backends that split.
+            max_shard_size: bytes of array data above which a component is split, by backends that split; None lets the
+                backend choose. Files are written by several threads, one each.
 
         Raises:
             MissingDependencyError: the format needs a package that is not installed.
@@ -65,3 +66,18 @@ class StorageBackend(ABC):
         Raises:
             FormatError: the content breaks the rules of the format.
         """
+
+    def head(self, start: memoryview) -> int | None:
+        """Return how many bytes at the start of a file say where its arrays are, for reading a part of the file.
+
+        Args:
+            start: the first bytes of the file, at least 8 of them or all that there are.
+
+        Returns:
+            Bytes that ``read`` looks at; all others are data of arrays, which it returns views of. None, as here, when
+            ``read`` has to have the whole file.
+
+        Raises:
+            FormatError: the content breaks the rules of the format.
+        """
+        return None

@@ -7,6 +7,7 @@ the same tensors by component and key; torch stores shared memory once, so that 
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from model_checkpoint.errors import FormatError
 from model_checkpoint.utils.optional import require
 
 FILE_NAME = "checkpoint.pt"
+_SHOWN = 1000  # characters of torch's message
 
 
 class PyTorchBackend(StorageBackend):
@@ -24,7 +26,7 @@ class PyTorchBackend(StorageBackend):
 
     name: ClassVar[str] = "pytorch"
 
-    def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
+    def plan(self, state: EncodedState, max_shard_size: int | None) -> list[PlannedFile]:
         torch = require("torch", "torch", "the pytorch storage backend")
         arrays = _own_storages(state.arrays)
         decoder = _TorchDecoder(lambda component, key: arrays[component][key], kind="torch")
@@ -41,13 +43,26 @@ class PyTorchBackend(StorageBackend):
         torch = require("torch", "torch", "the pytorch storage backend")
         file = io.BufferedReader(_MemoryFile(files[FILE_NAME]), 1 << 20)  # 1 MiB
         try:
+            _check_archive(file, files[FILE_NAME].nbytes)
             content = torch.load(file, weights_only=True, map_location="cpu")
             return {
                 component: {key: _host(tensor) for key, tensor in tensors.items()}
                 for component, tensors in content["arrays"].items()
             }
-        except Exception as error:
-            raise FormatError(f"{FILE_NAME} does not load with weights_only=True: {error}") from error
+        except Exception as error:  # noqa: BLE001 - torch and what it calls raise whatever they like
+            reason = str(error)[:_SHOWN]  # torch quotes what it does not understand, however long that is
+            raise FormatError(f"{FILE_NAME} does not load with weights_only=True: {reason}") from None
+
+
+def _check_archive(file: Any, size: int) -> None:
+    """Refuse an archive that would unpack to more than it is: torch.save compresses nothing, torch.load would."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise FormatError("a member of the archive is compressed")
+    if sum(member.file_size for member in members) > size:
+        raise FormatError("the members of the archive overlap")
+    file.seek(0)
 
 
 def _own_storages(arrays: Mapping[str, Mapping[str, HostArray]]) -> dict[str, dict[str, HostArray]]:

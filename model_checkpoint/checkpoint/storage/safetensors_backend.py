@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from model_checkpoint.arrays import CODES, DTYPES, HostArray
@@ -17,6 +18,8 @@ from model_checkpoint.checkpoint.state import EncodedState
 from model_checkpoint.checkpoint.storage.base_backend import PlannedFile, Sink, StorageBackend
 from model_checkpoint.errors import FormatError
 
+_SHARD = (256 << 20, 5 << 30)  # 256 MiB to 5 GiB: several to a component, so that threads share the work evenly,
+_PARTS = 8  # but not many more than this
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_SIZE = 2**63 - 1
 _ENTRY = {"dtype", "shape", "data_offsets"}
@@ -28,12 +31,14 @@ class SafeTensorsBackend(StorageBackend):
 
     name: ClassVar[str] = "safetensors"
 
-    def plan(self, state: EncodedState, max_shard_size: int) -> list[PlannedFile]:
+    def plan(self, state: EncodedState, max_shard_size: int | None) -> list[PlannedFile]:
         files: list[PlannedFile] = []
         for component, arrays in state.arrays.items():
             if not arrays:
                 continue
-            shards = _shards(arrays, max_shard_size)
+            size = sum(map(_nbytes, arrays.values()))
+            limit = max_shard_size or max(_SHARD[0], min(size // _PARTS, _SHARD[1]))
+            shards = [arrays] if size <= limit else _shards(arrays, size, limit)
             names = [f"{component}.safetensors"]
             if len(shards) > 1:
                 names = [f"{component}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -51,16 +56,25 @@ class SafeTensorsBackend(StorageBackend):
                 found.setdefault(match["component"], {}).update(read_tensors(content))
         return found
 
+    def head(self, start: memoryview) -> int | None:
+        return 8 + min(int.from_bytes(start[:8], "little"), MAX_HEADER)
 
-def _shards(arrays: dict[str, HostArray], limit: int) -> list[dict[str, HostArray]]:
+
+_nbytes = attrgetter("data.nbytes")
+
+
+def _shards(arrays: dict[str, HostArray], left: int, limit: int) -> list[dict[str, HostArray]]:
+    """Return the arrays in as few parts of at most ``limit`` bytes as can be, of about one size: they are parallel."""
     shards: list[dict[str, HostArray]] = [{}]
-    size = 0
+    size, fair = 0, left / max(1, -(-left // limit))
     for key, array in arrays.items():
-        if shards[-1] and size + array.data.nbytes > limit:
+        nbytes = array.data.nbytes
+        if shards[-1] and (size + nbytes > limit or size + nbytes / 2 > fair):
             shards.append({})
-            size = 0
+            left -= size
+            size, fair = 0, left / max(1, -(-left // limit))
         shards[-1][key] = array
-        size += array.data.nbytes
+        size += nbytes
     return shards
 
 
@@ -156,9 +170,20 @@ def _parse_header(content: memoryview) -> tuple[dict[str, Any], int]:
             parse_constant=_refuse_number,
             parse_float=_refuse_number,
         )
+        if not _is_text(header):
+            raise FormatError("half of a surrogate pair is no text")
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors, and FormatError itself, are ValueErrors
         raise FormatError(f"SafeTensors header is not valid: {error}") from None
     return header, 8 + length
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all strings in ``value`` are text; JSON's escapes can make some that are not."""
+    if isinstance(value, dict):
+        return all(_is_text(key) and _is_text(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_text, value))
+    return not isinstance(value, str) or value.encode("utf-8", "ignore").decode() == value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

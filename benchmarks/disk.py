@@ -1,0 +1,71 @@
+"""What the benchmarks need of files and memory: durability and digests for peers that have none, and a cold start."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+CHUNK = 4 << 20  # bytes read at a time
+COLD = "sync, then posix_fadvise(DONTNEED) on each file (what a host caches for a virtual machine stays there)"
+
+
+def files(path: Path) -> Iterator[Path]:
+    """Yield the file, or every file below the folder."""
+    yield from sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else (path,)
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or every file and folder below a folder, durable, and the entry in the folder above."""
+    below = [path, *path.rglob("*")] if path.is_dir() else [path]
+    for one in (*below, path.parent):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> list[str]:
+    """Read back and hash a file, or every file below a folder, on one core."""
+    found = []
+    buffer = memoryview(bytearray(CHUNK))
+    for one in files(path):
+        digest = hashlib.sha256()
+        with open(one, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+        found.append(digest.hexdigest())
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there, and let the disk come to rest."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    os.sync()
+
+
+def evict(path: Path) -> None:
+    """Drop the files from the page cache; nothing may have them mapped."""
+    os.sync()
+    for one in files(path):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def release_memory() -> None:
+    """Give what was freed back to the kernel: malloc keeps much of it, where a load is faster than a first one."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

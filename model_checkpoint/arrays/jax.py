@@ -1,0 +1,56 @@
+"""JAX arrays. They never change, so they are stored from their own memory, by background saves too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model_checkpoint.arrays.dtypes import DTYPES
+from model_checkpoint.arrays.host import HostArray, Layout
+from model_checkpoint.arrays.numpy import NumpyAdapter
+from model_checkpoint.errors import ConfigurationError
+from model_checkpoint.utils.optional import require
+
+
+class JaxAdapter:
+    """Adapter of ``jax.Array`` (kind ``jax``). XLA does not take a donated array's memory while that is borrowed."""
+
+    def to_host(self, value: object) -> HostArray | None:
+        jax = require("jax", "jax", "saving a JAX array")  # its own array is here, so it is loaded
+        np = require("numpy", "numpy", "saving a JAX array")
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError("it is being traced; save outside of jit, grad and vmap")
+        if not isinstance(value, jax.Array):
+            return None
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            raise ValueError("a typed key has no plain memory; store jax.random.key_data(key)")
+        if value.is_deleted():
+            raise ValueError("it was donated to a compiled function, and is no more")
+        if not value.is_fully_addressable:
+            raise ValueError("parts of it are on other hosts; gather it first")
+        dtype = value.dtype.name
+        if dtype not in DTYPES or DTYPES[dtype].bits < 8:
+            raise ValueError(f"JAX's dtype {dtype} has no portable form; convert it with .astype() first")
+        flat = np.ravel(np.asarray(value))  # on the CPU a view; of other devices a copy
+        data = memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
+        return HostArray(dtype, tuple(value.shape), data, "jax", id(value), immutable=True)
+
+    def settle(self) -> None:
+        """Nothing is copied in the background."""
+
+    def from_host(self, array: HostArray, device: Any = None) -> object:
+        jax = require("jax", "jax", "loading a JAX array")
+        plain: Any = NumpyAdapter().from_host(array._replace(kind="numpy"))
+        try:
+            target = jax.devices(device)[0] if isinstance(device, str) else device
+            made = jax.device_put(plain, target)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"device={device!r} cannot take a JAX array: {error}") from error
+        if made.dtype.name != array.dtype:
+            raise ConfigurationError(f"JAX makes {made.dtype} of {array.dtype}; set jax_enable_x64 before loading")
+        return made
+
+    def fill(self, target: object, array: HostArray) -> None:
+        raise ValueError("a JAX array cannot be changed")
+
+    def view(self, base: object, layout: Layout, offset: int) -> object:
+        raise TypeError("JAX arrays do not share memory")

@@ -1,0 +1,120 @@
+"""What a manager does besides saving, loading and removing: hooks, waiting for background saves, repair, closing."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, TypeVar
+
+from model_checkpoint.checkpoint.loading import CheckpointLoading
+from model_checkpoint.checkpoint.preemption import SignalWatch
+from model_checkpoint.checkpoint.recovery import RecoveryReport, rebuild, recover
+from model_checkpoint.errors import ConfigurationError, SaveFailedError
+from model_checkpoint.hooks import HookEvent, HookManager
+
+Manager = TypeVar("Manager", bound="ManagerLifecycle")
+
+
+class ManagerLifecycle(CheckpointLoading):
+    """The manager's own life; ``EnhancedCheckpointManager`` sets it up."""
+
+    _signals: SignalWatch | None
+
+    def register_hook(self, *arguments: Any, **options: Any) -> None:
+        """Register a hook; takes what ``HookManager.register_hook`` takes, and raises what it raises.
+
+        Raises:
+            ConfigurationError: the manager was made with ``enable_hooks=False``.
+        """
+        self._hooks().register_hook(*arguments, **options)
+
+    def unregister_hook(self, name: str) -> bool:
+        """Forget a hook; returns whether it was there."""
+        return self._hooks().unregister_hook(name)
+
+    def list_hooks(self, event: HookEvent | None = None) -> list[dict[str, Any]]:
+        """Return what is registered, see ``HookManager.list_hooks``."""
+        return self._hooks().list_hooks(event)
+
+    def _hooks(self) -> HookManager:
+        if self.hook_manager is None:
+            raise ConfigurationError("this manager has no hooks; make it with enable_hooks=True")
+        return self.hook_manager
+
+    def pending(self) -> list[str]:
+        """Return the ids of the background saves that are not durable yet, in the order of their calls."""
+        return list(self._queue.jobs)
+
+    def wait(self, checkpoint_id: str | None = None, timeout: float | None = None) -> bool:
+        """Wait until background saves are durable.
+
+        Args:
+            checkpoint_id: which; all that are pending now when None.
+            timeout: seconds; None waits for as long as it takes.
+
+        Returns:
+            True; False when ``timeout`` went by before they were.
+
+        Raises:
+            SaveFailedError: it failed (for None: one of them did), and nobody was told yet.
+            CheckpointNotFoundError: ``checkpoint_id`` is neither pending nor saved.
+        """
+        ended = self._queue.wait(None if checkpoint_id is None else [checkpoint_id], timeout)
+        self._queue.raise_failure(checkpoint_id)
+        if checkpoint_id is not None and ended:
+            self._record(checkpoint_id)
+        return ended
+
+    def recover(self) -> RecoveryReport | None:
+        """Finish or undo what crashes left half done, as opening the directory did; harmless at any time.
+
+        Returns:
+            What was done; None while a save or load elsewhere is under way, or when the directory is read-only.
+        """
+        self._queue.wait()
+        return recover(self._directory, self._db, self._best_metrics)
+
+    def rebuild_index(self) -> RecoveryReport:
+        """Make the database say what the manifests in the directory say, for one that was damaged or fell behind.
+
+        Rows that are missing are added, values and files of the others are put right, and best flags are found anew.
+        Pins and verifications stay. Nothing on disk is changed, other than by ``recover``.
+
+        Returns:
+            What was done.
+
+        Raises:
+            LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+        """
+        self._queue.wait()
+        return rebuild(self._directory, self._db, self._best_metrics)
+
+    def close(self) -> None:
+        """Finish what is pending and let go of the database, unless it is the tracker's. Closing twice does nothing.
+
+        Raises:
+            SaveFailedError: a background save failed, and nobody was told yet; everything is closed all the same.
+            Preempted: a signal came that ``save_on_signal`` watches for, and no safe point after it.
+        """
+        self._queue.wait()
+        signals, self._signals = self._signals, None
+        try:
+            if self._tracker is None:
+                self._db.close()
+            self._queue.raise_failure()
+        finally:
+            if signals is not None and signals.may_end():
+                signals.end()  # it came when there was no safe point any more
+            elif signals is not None:
+                signals.stop()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot copy or pickle a manager; pass checkpoint_dir and experiment_id, and make one there")
+
+    def __enter__(self: Manager) -> Manager:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except SaveFailedError:
+            if kind is None:
+                raise  # otherwise what the block raised is the better one to see; the failure was logged

@@ -1,0 +1,399 @@
+"""Background saves: what they hold, their order, their bound, hooks that run in them, and forks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import sqlite3
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from helpers_storage import exact, needs_torch, needs_zstandard, np, torch
+
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, register_storage_backend
+from model_checkpoint.checkpoint.storage.safetensors_backend import SafeTensorsBackend
+from model_checkpoint.errors import CheckpointNotFoundError
+from model_checkpoint.hooks import HookContext, HookEvent
+
+DEADLINE = 30.0  # seconds that anything may take before it counts as hung
+
+
+class Gate:
+    """Where saves of the ``gated`` backend stop while it is shut, and fail while there is an error.
+
+    Attributes:
+        opened: whether they go on.
+        reached: set when one has come to it.
+        error: raised by those that pass it.
+    """
+
+    def __init__(self) -> None:
+        self.opened, self.reached = threading.Event(), threading.Event()
+        self.error: BaseException | None = None
+        self.opened.set()
+
+    def pass_through(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(DEADLINE)
+        if self.error is not None:
+            raise self.error
+
+
+class GatedBackend(SafeTensorsBackend):
+    """The standard format, behind a gate."""
+
+    name: ClassVar[str] = "gated"
+    gate: ClassVar[Gate] = Gate()
+
+    def plan(self, *arguments: Any) -> Any:
+        self.gate.pass_through()
+        return super().plan(*arguments)
+
+
+register_storage_backend("gated", GatedBackend)
+Make = Callable[..., EnhancedCheckpointManager]
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    GatedBackend.gate = Gate()
+    yield GatedBackend.gate
+    GatedBackend.gate.opened.set()
+
+
+@pytest.fixture
+def make(tracker: ExperimentTracker, tmp_path: Path, gate: Gate) -> Iterator[Make]:
+    """Make managers on the test's directory, with background saves; their gate opens before they are closed."""
+    made: list[EnhancedCheckpointManager] = []
+
+    def make(storage_backend: str = "gated", **options: Any) -> EnhancedCheckpointManager:
+        options = {"async_save": True, "max_checkpoints": None, **options}
+        made.append(EnhancedCheckpointManager(tracker, tmp_path / "c", storage_backend, **options))
+        return made[-1]
+
+    yield make
+    gate.opened.set()
+    gate.error = None
+    for manager in made:
+        manager.wait()
+
+
+def state_of(epoch: int) -> dict[str, Any]:
+    return {"weight": array("d", [epoch] * 50), "epoch": epoch}
+
+
+def epochs(manager: EnhancedCheckpointManager) -> list[int]:
+    return [row["epoch"] for row in manager.list_checkpoints()]
+
+
+# What it holds
+
+
+def every_kind() -> dict[str, Any]:
+    """Return a state of every kind of memory that can be changed, with ties, views and gaps."""
+    state: dict[str, Any] = {
+        "bytearray": bytearray(b"abc"),
+        "array": array("f", [1, 2, 3]),
+        "memoryview": memoryview(bytearray(b"xyz")),
+        "bytes": b"never",
+        "nested": [{"deep": (array("q", [7]), "text", 5)}],
+    }
+    state["tied"] = [state["array"], state["bytearray"]]
+    if np is not None:
+        base = np.arange(12.0)
+        state["numpy"] = {"base": base, "view": base[2:8], "transposed": np.arange(6.0).reshape(2, 3).T}
+    if torch is not None:
+        base = torch.arange(20.0)
+        state["torch"] = {"a": base[:12], "b": base[8:], "gaps": torch.arange(8.0)[::2], "half": torch.ones(3).half()}
+        torch.manual_seed(0)
+        state["module"] = torch.nn.Linear(3, 3)
+        state["conj"] = torch.tensor([1 + 2j]).conj()
+    return state
+
+
+def change(value: Any) -> None:
+    """Change every array of a state in its place, and the containers, too."""
+    if isinstance(value, dict):
+        for item in value.values():
+            change(item)
+        value["new"] = array("b", [1])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            change(item)
+    elif isinstance(value, (bytearray, array, memoryview)):
+        value[0] = 9
+        if not isinstance(value, memoryview):
+            value.extend(value)  # refused while anybody still borrows its memory
+    elif torch is not None and isinstance(value, (torch.Tensor, torch.nn.Module)):
+        with torch.no_grad():
+            for tensor in [value] if isinstance(value, torch.Tensor) else list(value.parameters()):
+                tensor.add_(100)
+    elif np is not None and isinstance(value, np.ndarray):
+        value += 100
+
+
+@pytest.mark.parametrize("compressed", [False, pytest.param(True, marks=needs_zstandard)])
+@pytest.mark.parametrize("backend", ["gated", pytest.param("pytorch", marks=needs_torch)])
+def test_no_change_after_the_return_is_in_the_file(
+    make: Make, gate: Gate, backend: str, compressed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "pytorch":
+        from model_checkpoint.checkpoint.storage.pytorch_backend import PyTorchBackend
+
+        plan = PyTorchBackend.plan
+        monkeypatch.setattr(PyTorchBackend, "plan", lambda *a: (gate.pass_through(), plan(*a))[1])
+    manager = make(backend, enable_compression=compressed)
+    blocking = manager.save_checkpoint(every_kind(), {"m": every_kind()}, blocking=True)
+    gate.opened.clear()
+    state, optimizer = every_kind(), {"m": every_kind()}
+    config, metrics = {"list": [1]}, {"f1": 0.5}
+    saved = manager.save_checkpoint(state, optimizer, config=config, metrics=metrics)
+    change(state)
+    change(optimizer)
+    config["list"].append(2)
+    metrics["f1"] = 0.9
+    assert manager.pending() == [saved]
+    gate.opened.set()
+    loaded, expected = manager.load_checkpoint(saved), manager.load_checkpoint(blocking)
+    for part in ("model_state_dict", "optimizer_state_dict"):
+        assert exact(loaded[part]) == exact(expected[part])
+    assert (loaded["config"], loaded["metrics"]) == ({"list": [1]}, {"f1": 0.5})
+    tied = loaded["model_state_dict"]["tied"]
+    assert tied[0] is loaded["model_state_dict"]["array"]
+
+
+def test_large_arrays_that_many_threads_copy_are_whole(make: Make, gate: Gate) -> None:
+    manager = make(io_threads=4)
+    sizes = [(16 << 20) // 8 + 3, 5, (5 << 20) // 8, 0, 1]
+    state = {str(i): array("d", [i + 1]) * size for i, size in enumerate(sizes)}
+    gate.opened.clear()
+    saved = manager.save_checkpoint(state)
+    for values in state.values():
+        values[:] = array("d", [-1]) * len(values)
+    gate.opened.set()
+    loaded = manager.load_checkpoint(saved)["model_state_dict"]
+    assert loaded == {str(i): array("d", [i + 1]) * size for i, size in enumerate(sizes)}
+
+
+def test_what_is_known_of_the_run_is_that_of_the_call(
+    make: Make, gate: Gate, tracker: ExperimentTracker, tmp_path: Path
+) -> None:
+    manager = make()
+    tracker.log_hyperparameters({"lr": 1})
+    tracker.log_metric("loss", 1.0)
+    gate.opened.clear()
+    first = manager.save_checkpoint(state_of(1), epoch=1)
+    for _ in range(3):
+        tracker.log_metric("loss", 2.0)
+    tracker.log_hyperparameters({"lr": 2})
+    called = threading.Event()
+    manager.register_hook("called", lambda _: called.set(), [HookEvent.BEFORE_CHECKPOINT_SAVE])
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(manager.save_checkpoint, state_of(2), epoch=2)  # waits for room
+        assert called.wait(DEADLINE)
+        gate.opened.set()
+        second.result(DEADLINE)
+    manager.wait()
+    (manifest,) = (tmp_path / "c").glob(f"*/{first}/checkpoint.json")
+    assert json.loads(manifest.read_bytes())["experiment"]["config"] == {"lr": 1}
+    with sqlite3.connect(tmp_path / "experiments.db") as outside:
+        positions = outside.execute("SELECT metric_position FROM checkpoints ORDER BY sequence").fetchall()
+    outside.close()
+    assert positions == [(1,), (4,)]
+
+
+# Order, bound, memory
+
+
+def test_the_id_is_returned_before_the_checkpoint_is_there(make: Make, gate: Gate) -> None:
+    manager = make()
+    gate.opened.clear()
+    saved = manager.save_checkpoint(state_of(1), epoch=1)
+    assert manager.pending() == [saved]
+    assert manager.list_checkpoints() == []
+    assert manager.wait(timeout=0) is False
+    assert manager.wait(saved, timeout=0.01) is False
+    gate.opened.set()
+    assert manager.wait(saved, timeout=DEADLINE) is True
+    assert (manager.pending(), epochs(manager)) == ([], [1])
+    assert manager.wait() is True
+    with pytest.raises(CheckpointNotFoundError):
+        manager.wait("00000000-0000-4000-8000-000000000000")
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_blocking_overrides_what_the_manager_says(make: Make, gate: Gate, standard: bool) -> None:
+    manager = make(async_save=standard)
+    manager.save_checkpoint(state_of(1), epoch=1, blocking=True)
+    assert (manager.pending(), epochs(manager)) == ([], [1])
+    gate.opened.clear()
+    saved = manager.save_checkpoint(state_of(2), epoch=2, blocking=False)
+    assert (manager.pending(), epochs(manager)) == ([saved], [1])
+    gate.opened.set()
+    manager.save_checkpoint(state_of(3), epoch=3)
+    manager.wait()
+    assert epochs(manager) == [1, 2, 3]
+
+
+def test_commits_come_in_the_order_of_the_calls_whatever_their_kind(make: Make, gate: Gate) -> None:
+    manager = make(max_pending_saves=4)
+    committed: list[int] = []
+    manager.register_hook("note", lambda c: committed.append(c.data["epoch"]), [HookEvent.AFTER_CHECKPOINT_SAVE])
+    chance = random.Random(5)
+    for epoch in range(40):
+        manager.save_checkpoint(state_of(epoch), epoch=epoch, blocking=chance.random() < 0.3)
+    manager.wait()
+    assert committed == epochs(manager) == list(range(40))
+
+
+def test_a_save_beyond_the_bound_waits_and_only_that_one(make: Make, gate: Gate) -> None:
+    manager = make(max_pending_saves=2)
+    gate.opened.clear()
+    first = [manager.save_checkpoint(state_of(epoch), epoch=epoch) for epoch in (1, 2)]
+    with ThreadPoolExecutor(1) as pool:
+        third = pool.submit(manager.save_checkpoint, state_of(3), epoch=3)
+        gate.reached.wait(DEADLINE)
+        with pytest.raises(TimeoutError):
+            third.result(0.2)
+        assert manager.pending() == first
+        gate.opened.set()
+        third.result(DEADLINE)
+    manager.wait()
+    assert epochs(manager) == [1, 2, 3]
+
+
+def test_many_threads_that_save_at_once_lose_nothing(make: Make) -> None:
+    manager = make(max_pending_saves=3)
+
+    def save(thread: int) -> list[str]:
+        return [manager.save_checkpoint(state_of(epoch), epoch=epoch) for epoch in range(thread * 10, thread * 10 + 6)]
+
+    with ThreadPoolExecutor(8) as pool:
+        ids = [task.result(DEADLINE) for task in [pool.submit(save, thread) for thread in range(8)]]
+    manager.wait()
+    rows = [row["checkpoint_id"] for row in manager.list_checkpoints()]
+    assert sorted(rows) == sorted(saved for mine in ids for saved in mine)
+    for mine in ids:
+        assert [saved for saved in rows if saved in mine] == mine  # in the order of each thread
+    for row in manager.list_checkpoints():
+        assert manager.load_checkpoint(row["checkpoint_id"])["model_state_dict"] == state_of(row["epoch"])
+    assert [thread for thread in threading.enumerate() if thread.name == "checkpoint saves"] == []
+
+
+# Hooks in the background
+
+
+def test_hooks_may_use_the_manager_they_are_called_by(make: Make, tracker: ExperimentTracker) -> None:
+    manager = make(max_checkpoints=5)
+    seen: list[str] = []
+    inner: list[str] = []
+
+    def act(context: HookContext) -> None:
+        assert context.checkpoint_id is not None
+        if context.get("checkpoint_type") == "inner":
+            return
+        manager.wait()
+        manager.wait(context.checkpoint_id)
+        inner.append(manager.save_checkpoint(state_of(-1), epoch=-1, checkpoint_type="inner"))
+        assert manager.load_checkpoint(context.checkpoint_id)["epoch"] == context.data["epoch"]
+        assert manager.load_checkpoint(inner[-1])["epoch"] == -1
+        manager.delete_checkpoint(inner[-1])
+        manager.recover()
+        manager.rebuild_index()
+        seen.append(context.checkpoint_id)
+
+    manager.register_hook("act", act, [HookEvent.AFTER_CHECKPOINT_SAVE])
+    ids = [manager.save_checkpoint(state_of(epoch), epoch=epoch) for epoch in range(3)]
+    assert manager.wait(timeout=DEADLINE)
+    assert manager.list_hooks()[0]["failures"] == 0
+    assert seen == ids
+    assert epochs(manager) == [0, 1, 2]
+
+
+# Fork
+
+
+def in_child(act: Callable[[], None]) -> None:
+    """Fork, do it in the child, and check that it came to a good end in time."""
+    child = multiprocessing.get_context("fork").Process(target=act)
+    child.start()
+    child.join(DEADLINE)
+    hung = child.is_alive()
+    child.kill()
+    assert (hung, child.exitcode) == (False, 0)
+
+
+def test_a_fork_while_a_save_is_pending_harms_neither_process(make: Make, gate: Gate) -> None:
+    manager = make()
+    first = manager.save_checkpoint(state_of(1), epoch=1, blocking=True)
+    gate.opened.clear()
+    pending = manager.save_checkpoint(state_of(2), epoch=2)
+    gate.reached.wait(DEADLINE)
+
+    def act() -> None:
+        gate.opened.set()  # the child's copy
+        assert (manager.pending(), manager.wait()) == ([], True)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert manager.load_checkpoint(first)["model_state_dict"] == state_of(1)
+        manager.wait(manager.save_checkpoint(state_of(3), epoch=3))
+        manager.close()
+
+    in_child(act)
+    assert manager.pending() == [pending]
+    gate.opened.set()
+    manager.wait()
+    assert sorted(epochs(manager)) == [1, 2, 3]
+
+
+def test_forks_at_any_moment_of_background_saves_hang_nobody(make: Make, gate: Gate) -> None:
+    manager = make(max_pending_saves=2)
+    for epoch in range(16):
+        manager.save_checkpoint(state_of(epoch), epoch=epoch)
+        if epoch % 2 == 0:
+            in_child(lambda: manager.wait(manager.save_checkpoint(state_of(-1), epoch=-1)) or None)
+    manager.wait()
+    assert [epoch for epoch in epochs(manager) if epoch >= 0] == list(range(16))
+    assert epochs(manager).count(-1) == 8
+
+
+def test_a_fork_while_threads_use_the_manager_leaves_no_lock_taken_in_the_child(make: Make) -> None:
+    manager = make()
+    saved = manager.save_checkpoint(state_of(1), epoch=1, blocking=True)
+    for number in range(300):
+        manager.register_hook(f"hook {number}", print, [HookEvent.AFTER_INTEGRITY_CHECK])
+    ended = threading.Event()
+
+    def use(call: Callable[[], object]) -> None:
+        while not ended.is_set():
+            call()
+
+    calls = [manager.list_hooks, lambda: manager.load_checkpoint(saved)]
+    threads = [threading.Thread(target=use, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            in_child(lambda: [call() for call in calls] and None)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+@needs_torch
+def test_workers_of_a_data_loader_run_beside_a_background_save(make: Make, gate: Gate) -> None:
+    manager = make()
+    gate.opened.clear()
+    manager.save_checkpoint(state_of(1), epoch=1)
+    loader = torch.utils.data.DataLoader(torch.arange(8.0), batch_size=2, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), torch.arange(8.0))
+    gate.opened.set()
+    manager.wait()
+    assert epochs(manager) == [1]

@@ -1,0 +1,306 @@
+"""Loading into objects that exist: filled where they are, all or nothing, without a second copy of the state."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_storage import Store, exact, needs_numpy, needs_torch, needs_zstandard, np, torch
+
+import model_checkpoint.integrity.sha256 as sha256
+from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, IntegrityError, StateMismatchError
+
+ROOT = Path(__file__).parents[2]
+needs_proc = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory are reset by Linux's /proc/self/clear_refs"
+)
+FORMS = [
+    ("safetensors", False),
+    pytest.param("safetensors", True, marks=needs_zstandard),
+    pytest.param("pytorch", False, marks=needs_torch),
+    pytest.param("pytorch", True, marks=[needs_torch, needs_zstandard]),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "s", max_checkpoints=None, io_threads=3)
+    yield store
+    store.close()
+
+
+def network(seed: int, width: int = 6) -> Any:
+    torch.manual_seed(seed)
+    tied = torch.nn.Linear(width, width)
+    return torch.nn.Sequential(torch.nn.BatchNorm1d(width), tied, torch.nn.ReLU(), tied, torch.nn.Linear(width, 3))
+
+
+def training(seed: int, steps: int, width: int = 6) -> tuple[Any, Any, Any]:
+    """Return model, optimizer and scheduler after some steps."""
+    model = network(seed, width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, width)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer, scheduler
+
+
+def states(*objects: Any) -> Any:
+    return exact([each.state_dict() for each in objects])
+
+
+def addresses(state: Any) -> list[int]:
+    if isinstance(state, (dict, list)):
+        items = state.values() if isinstance(state, dict) else state
+        return [address for item in items for address in addresses(item)]
+    return [state.data_ptr()] if isinstance(state, torch.Tensor) else []
+
+
+@needs_torch
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("backend", "compressed"), FORMS)
+def test_training_goes_on_in_the_same_memory_as_if_it_had_never_stopped(
+    backend: str, compressed: bool, verify: bool, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "s", backend, enable_compression=compressed)
+    for width in (6,) if compressed or backend == "pytorch" else (6, 1100):  # in one chunk, and over several
+        saved = training(1, 3, width)
+        told = store.manager.load_into(*training(2, 1, width), checkpoint_id=store.save(*saved, epoch=3, loss=0.5))
+        assert (told["epoch"], told["loss"]) == (3, 0.5)
+        target = training(3, 2, width)
+        before = addresses([each.state_dict() for each in target])
+        store.manager.load_into(*target, verify_integrity=verify)
+        assert states(*target) == states(*saved)
+        assert addresses([each.state_dict() for each in target]) == before
+        for model, optimizer, scheduler in (saved, target):
+            torch.manual_seed(4)
+            optimizer.zero_grad()
+            model(torch.randn(4, width)).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+        assert states(*target) == states(*saved)
+    store.close()
+
+
+@needs_torch
+def test_a_new_optimizer_gets_its_moments_and_parts_can_be_left_out(store: Store) -> None:
+    model, optimizer, scheduler = training(1, 3)
+    store.save(model, optimizer, scheduler)
+    fresh = training(2, 0)
+    store.manager.load_into(fresh[0], fresh[1])
+    assert states(*fresh[:2]) == states(model, optimizer)
+    assert states(fresh[2]) != states(scheduler)
+    only = training(3, 1)
+    kept = states(*only[:2])
+    store.manager.load_into(scheduler=only[2])
+    assert (states(*only[:2]), states(only[2])) == (kept, states(scheduler))
+
+
+def test_plain_objects_are_filled_where_they_are_and_values_replaced(store: Store) -> None:
+    values = {
+        "a": array("d", [1, 2]),
+        "b": bytearray(b"abc"),
+        "m": memoryview(bytearray(b"xy")),
+        "list": [array("f", [3]), 4, "text"],
+        "tuple": (array("f", [5]), 6),
+        7: array("b", [8]),
+        "n": None,
+        "bytes": b"new",
+        "empty": array("d"),
+        "more": {"lr": 0.5},
+    }
+    store.save(values)
+    target: dict[Any, Any] = {
+        "a": array("d", [0, 0]),
+        "b": bytearray(3),
+        "m": memoryview(bytearray(2)),
+        "list": [array("f", [0]), 0, ""],
+        "tuple": (array("f", [0]), 0),
+        7: array("b", [0]),
+        "n": 1,
+        "bytes": b"old",
+        "empty": array("d"),
+        "more": {},
+    }
+    inner = [target["a"], target["b"], target["list"], target["list"][0], target["tuple"][0], target[7]]
+    store.manager.load_into(target)
+    assert exact(target) == exact(values)
+    now = [target["a"], target["b"], target["list"], target["list"][0], target["tuple"][0], target[7]]
+    assert all(was is found for was, found in zip(inner, now))
+
+
+@needs_numpy
+@needs_torch
+def test_targets_with_gaps_ties_and_views_are_filled_where_they_are(store: Store) -> None:
+    base = torch.arange(10.0)
+    values = {
+        "numpy": np.arange(6.0).reshape(2, 3),
+        "in a tuple": (np.arange(4.0),),
+        "torch": torch.arange(6.0).reshape(2, 3),
+        "conj": torch.tensor([1 + 2j]),
+        "low": base[:6],
+        "high": base[4:],
+        "tied": [base[:6]],
+        "scalar": torch.tensor(3.0),
+        "flat": np.float32(2.5),
+    }
+    store.save(values)
+    memory = {"numpy": np.zeros((3, 2)), "tuple": np.zeros(8), "torch": torch.zeros(3, 2), "base": torch.zeros(10)}
+    conjugate = torch.zeros(1, dtype=torch.complex64)
+    target = {
+        "numpy": memory["numpy"].T,
+        "in a tuple": (memory["tuple"][::2],),
+        "torch": memory["torch"].t(),
+        "conj": conjugate.conj(),
+        "low": memory["base"][:6],
+        "high": memory["base"][4:],
+        "tied": [memory["base"][:6]],
+        "scalar": torch.tensor(0.0),
+        "flat": np.float32(0),
+    }
+    store.manager.load_into(target)
+    assert exact(target) == exact(values)
+    assert memory["numpy"].T.tolist() == values["numpy"].tolist()
+    assert memory["tuple"].tolist() == [0, 0, 1, 0, 2, 0, 3, 0]
+    assert torch.equal(memory["torch"].t(), values["torch"])
+    assert torch.equal(memory["base"], base)
+    assert conjugate.tolist() == [1 - 2j]
+
+
+# What does not fit
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    "case",
+    ["shape", "dtype", "missing", "unexpected", "kind", "nothing saved", "no parameters", "groups", "parameters"],
+)
+def test_what_does_not_fit_is_listed_and_nothing_is_changed(store: Store, case: str) -> None:
+    model, optimizer, _ = training(1, 2)
+    store.save(model, optimizer if case != "nothing saved" else None)
+    target, moments, _ = training(2, 1)
+    if case == "shape":
+        target[4] = torch.nn.Linear(6, 5)
+    elif case == "dtype":
+        target[0].double()
+    elif case == "missing":
+        target[4].bias = None
+    elif case == "unexpected":
+        target.append(torch.nn.Linear(3, 3))
+    elif case == "kind":
+        target = {name: tensor.tolist() for name, tensor in target.state_dict().items()}
+    elif case == "no parameters":
+        target = torch.nn.ReLU()
+    elif case == "groups":
+        moments = torch.optim.AdamW([{"params": [each]} for each in target.parameters()])
+    elif case == "parameters":
+        moments = torch.optim.AdamW(list(target.parameters())[:-1])
+    before = exact(target) if isinstance(target, dict) else states(target)
+    before_moments = states(moments)
+    with pytest.raises(StateMismatchError) as caught:
+        store.manager.load_into(target, moments)
+    assert caught.value.problems
+    assert caught.value.problems[0] in str(caught.value)
+    expected = {"shape": 2, "dtype": 4, "missing": 1, "unexpected": 2}
+    assert len(caught.value.problems) == expected.get(case, len(caught.value.problems))
+    assert (exact(target) if isinstance(target, dict) else states(target)) == before
+    assert states(moments) == before_moments
+    assert store.manager.list_checkpoints()[0]["status"] == "committed"
+
+
+@needs_numpy
+@needs_torch
+def test_targets_that_cannot_take_the_values_are_refused_before_anything_is_changed(store: Store) -> None:
+    store.save({"a": np.ones(3), "b": np.full(3, 2.0), "c": torch.ones(2), "d": torch.zeros(2)})
+    shared = torch.full((2,), 9.0)
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    target = {"a": np.zeros(3), "b": frozen, "c": shared, "d": shared}
+    with pytest.raises(StateMismatchError) as caught:
+        store.manager.load_into(target)
+    assert len(caught.value.problems) == 2
+    assert "model.b" in caught.value.problems[0]
+    assert "model.d" in caught.value.problems[1]
+    assert (target["a"].tolist(), shared.tolist()) == ([0, 0, 0], [9, 9])
+
+
+def test_what_cannot_be_asked_for_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigurationError, match="nothing to load into"):
+        store.manager.load_into()
+    with pytest.raises(CheckpointNotFoundError):
+        store.manager.load_into({"w": array("d", [0])})
+
+
+@pytest.mark.parametrize("libcrypto", [True, False])
+@pytest.mark.parametrize("where", [0, 100, -1])
+def test_a_corrupt_file_changes_nothing(
+    store: Store, where: int, libcrypto: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not libcrypto:
+        monkeypatch.setattr(sha256, "_libcrypto", lambda: None)
+    saved = store.save({"a": array("d", [1]) * 700_000, "b": array("d", [2]) * 700_000})
+    file = store.path(saved) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[where] ^= 1
+    file.write_bytes(content)
+    target = {"a": array("d", bytes(5_600_000)), "b": array("d", bytes(5_600_000))}
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        store.manager.load_into(target)
+    assert not any(target["a"].tobytes() + target["b"].tobytes())
+    assert store.row(saved)["status"] == "corrupt"
+
+
+def test_a_pending_save_is_waited_for(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s", async_save=True)
+    for epoch in range(5):
+        state = {"w": array("d", [epoch]) * 100_000}
+        store.save(state, epoch=epoch)
+        state["w"][:] = array("d", [-1]) * 100_000
+        assert store.manager.load_into(state)["epoch"] == epoch
+        assert set(state["w"]) == {epoch}
+    store.close()
+
+
+PEAK = """
+import sys
+from array import array
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+
+def memory(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) >> 10 for line in file if line.startswith(field))
+
+folder, verify = sys.argv[1], sys.argv[2] == "True"
+tracker = ExperimentTracker("memory", database_url=f"sqlite:///{folder}/e.db")
+manager = EnhancedCheckpointManager(tracker, folder + "/c", io_threads=2)
+state = {f"w{i}": array("d", [i + 1]) * (1 << 20) for i in range(24)}  # 192 MiB
+state["one"] = array("d", [99]) * (4 << 20)  # 32 MiB
+manager.save_checkpoint(state)
+for values in state.values():
+    values[0] = -1
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = memory("VmHWM")
+manager.load_into(state, verify_integrity=verify)
+print(memory("VmHWM") - before)
+assert all(values[0] == values[-1] > 0 for values in state.values())
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_state_of_224_mib_is_loaded_with_less_than_40_more(tmp_path: Path, verify: bool) -> None:
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(verify)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 40

@@ -207,8 +207,7 @@ class CheckpointCatalog:
         criterion = self._criterion(experiment_id, checkpoint_type)
         if criterion is None:
             return rows.latest(store, experiment_id, None if checkpoint_type == "latest" else checkpoint_type)
-        holder = rows.holders(experiment_id).get(criterion)
-        return holder if holder is not None and rows.get(store, holder) is not None else None
+        return rows.holder(store, experiment_id, criterion)
 
     def verify_experiment_integrity(
         self, experiment_id: str | None = None, on_bytes: Callable[[int], object] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -206,7 +207,12 @@ class CheckpointLoading(CheckpointRemoval):
                 log.warning("%s; %s is loaded in its place", error, substitute.id)
 
     def _wanted(self, checkpoint_id: str | None, experiment_id: str | None, checkpoint_type: str) -> CheckpointRecord:
-        return self._record(self._resolve(experiment_id, checkpoint_type) if checkpoint_id is None else checkpoint_id)
+        if checkpoint_id is not None:
+            return self._record(checkpoint_id)
+        while True:
+            found = self._resolve(experiment_id, checkpoint_type)
+            with contextlib.suppress(CheckpointNotFoundError):  # removed since it was looked up
+                return self._record(found)
 
     def _substitute(self, first: CheckpointRecord, kind: str, refused: Collection[str]) -> CheckpointRecord | None:
         """Return the next of its kind that nothing is known against: the next best, or the newest one before it."""

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from model_checkpoint.database.models import COLUMNS, CheckpointRecord, record_of_row
+from model_checkpoint.database.models import RECORD, CheckpointRecord, record_of_row
 from model_checkpoint.database.schema import Executes
 from model_checkpoint.errors import DatabaseError
 from model_checkpoint.utils.jsonable import escape
@@ -123,19 +123,9 @@ class CheckpointTable:
 
     def correct(self, record: CheckpointRecord, files: list[tuple[str, int, str | None]], sequence: int) -> bool:
         """Let the row of a checkpoint say what ``record`` says, its files too; returns whether it did not already."""
-        details = json.dumps(details_of(record))
-        named = (
-            "id",
-            "experiment_id",
-            "checkpoint_type",
-            "epoch",
-            "step",
-            "backend",
-            "size",
-            "created_at",
-            "manifest_sha256",
-        )
-        bind = {**{name: getattr(record, name) for name in named}, "details": details, "sequence": sequence}
+        names = ["id", "experiment_id", "checkpoint_type", "epoch", "step", "backend", "size", "created_at"]
+        bind = {name: getattr(record, name) for name in [*names, "manifest_sha256"]}
+        bind |= {"details": json.dumps(details_of(record)), "sequence": sequence}
         bind["update_best"] = int(record.update_best)
         columns = [name for name in bind if name != "id"]
         with self._db.transaction(durable=True) as connection:
@@ -173,21 +163,23 @@ class CheckpointTable:
 
     def get(self, store_id: str, checkpoint_id: str) -> CheckpointRecord | None:
         """Return a committed or corrupt checkpoint of the store, or None."""
-        found = self._records(f"store_id = :store AND id = :id AND status IN {_LIVE}", store=store_id, id=checkpoint_id)
+        found = self._records(
+            f"c.store_id = :store AND c.id = :id AND c.status IN {_LIVE}", store=store_id, id=checkpoint_id
+        )
         return found[0] if found else None
 
     def records(self, store_id: str, experiment_id: str | None = None) -> list[CheckpointRecord]:
         """Return the committed and corrupt checkpoints, of one experiment or all, in the order of their saves."""
-        only = "" if experiment_id is None else "AND experiment_id = :experiment"
+        only = "" if experiment_id is None else "AND c.experiment_id = :experiment"
         return self._records(
-            f"store_id = :store {only} AND status IN {_LIVE} ORDER BY sequence",
+            f"c.store_id = :store {only} AND c.status IN {_LIVE} ORDER BY c.sequence",
             store=store_id,
             experiment=experiment_id,
         )
 
     def of_experiment(self, experiment_id: str) -> list[CheckpointRecord]:
         """Return the experiment's committed and corrupt checkpoints in every store, oldest first."""
-        where = f"experiment_id = :experiment AND status IN {_LIVE} ORDER BY sequence"
+        where = f"c.experiment_id = :experiment AND c.status IN {_LIVE} ORDER BY c.sequence"
         return self._records(where, experiment=experiment_id)
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
@@ -204,6 +196,15 @@ class CheckpointTable:
         """Return criterion -> id of its best checkpoint, in the order in which the criteria first appeared."""
         sql = "SELECT criterion, checkpoint_id FROM best WHERE experiment_id = :id ORDER BY position, criterion"
         return dict(self._db.query(sql, {"id": experiment_id}))
+
+    def holder(self, store_id: str, experiment_id: str, criterion: str) -> str | None:
+        """Return the id of the experiment's best checkpoint by ``criterion`` if it is in this store, or None."""
+        rows = self._db.query(
+            "SELECT c.id FROM best b JOIN checkpoints c ON c.id = b.checkpoint_id WHERE b.experiment_id = :experiment "
+            f"AND b.criterion = :criterion AND c.store_id = :store AND c.status IN {_LIVE}",
+            {"experiment": experiment_id, "criterion": criterion, "store": store_id},
+        )
+        return rows[0][0] if rows else None
 
     def elsewhere(self, store_id: str, experiment_id: str, path: str) -> list[str]:
         """Return the directories other than ``path`` that hold checkpoints of the experiment."""
@@ -304,24 +305,18 @@ class CheckpointTable:
                 _bump_of(connection, checkpoint_id)
 
     def _records(self, where: str, **bind: Any) -> list[CheckpointRecord]:
-        rows = self._db.query(f"SELECT {COLUMNS}, details FROM checkpoints WHERE {where}", bind)
-        chosen = f"(SELECT id FROM checkpoints WHERE {where.partition(' ORDER BY')[0]})"
-        best: dict[str, set[str]] = {}
-        for holder, criterion in self._db.query(
-            f"SELECT checkpoint_id, criterion FROM best WHERE checkpoint_id IN {chosen}", bind
-        ):
-            best.setdefault(holder, set()).add(criterion)
-        last = self._db.query(
-            "SELECT checkpoint_id, verified_at, verified, error, files FROM verifications "
-            f"WHERE id IN (SELECT MAX(id) FROM verifications WHERE checkpoint_id IN {chosen} GROUP BY checkpoint_id)",
+        # In one statement, which sees one state: a flag that moved between two would be nowhere, or at two checkpoints.
+        rows = self._db.query(
+            f"SELECT b.criterion, {RECORD} FROM checkpoints c LEFT JOIN best b ON b.checkpoint_id = c.id "
+            "LEFT JOIN verifications v ON v.id = (SELECT MAX(id) FROM verifications WHERE checkpoint_id = c.id) "
+            f"WHERE {where}",
             bind,
         )
+        best: dict[tuple[Any, ...], list[str]] = {}
+        for criterion, *row in rows:
+            best.setdefault(tuple(row), []).extend([criterion] * (criterion is not None))
         try:
-            checks = {
-                row[0]: {"verified_at": row[1], "verified": bool(row[2]), "error": row[3], "files": json.loads(row[4])}
-                for row in last
-            }
-            return [record_of_row(row, frozenset(best.get(row[0], ())), checks.get(row[0])) for row in rows]
+            return [record_of_row(row, held) for row, held in best.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DatabaseError(f"a checkpoint's row in {self._db!r} is damaged ({error}); {_REPAIR}") from error
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from model_checkpoint.utils.jsonable import unescape
 
-COLUMNS = "id, experiment_id, backend, size, created_at, pinned, sequence, status, manifest_sha256"
+_COLUMNS = ("id", "experiment_id", "backend", "size", "created_at", "pinned", "sequence", "status", "manifest_sha256")
+_CHECK = ("verified_at", "verified", "error", "files")
+# What to select for ``record_of_row``, of a checkpoint c and its last verification v.
+RECORD = ", ".join([*(f"v.{name}" for name in _CHECK), "c.details", *(f"c.{name}" for name in _COLUMNS)])
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,13 @@ def decode_details(details: Mapping[str, Any]) -> dict[str, Any]:
     return {**details, **scores, "metrics": metrics, "config": unescape(details["config"])}
 
 
-def record_of_row(
-    row: tuple[Any, ...], best: frozenset[str], verification: Mapping[str, Any] | None
-) -> CheckpointRecord:
-    """Return the record of a row: ``COLUMNS``, then its details as JSON."""
-    plain = dict(zip(COLUMNS.split(", "), row))
+def record_of_row(row: Sequence[Any], best: Iterable[str]) -> CheckpointRecord:
+    """Return the record of the columns ``RECORD``, which holds the criteria ``best``."""
+    check, details, plain = dict(zip(_CHECK, row)), row[len(_CHECK)], dict(zip(_COLUMNS, row[len(_CHECK) + 1 :]))
     plain["pinned"] = bool(plain["pinned"])
-    return CheckpointRecord(**plain, **decode_details(json.loads(row[-1])), best=best, verification=verification)
+    verification = None
+    if check["verified_at"] is not None:
+        verification = {**check, "verified": bool(check["verified"]), "files": json.loads(check["files"])}
+    return CheckpointRecord(
+        **plain, **decode_details(json.loads(details)), best=frozenset(best), verification=verification
+    )

@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,65 @@ def test_a_load_by_type_takes_the_next_when_its_checkpoint_is_deleted_meanwhile(
     with other_manager(manager) as other:
         at(manager, HookEvent.BEFORE_CHECKPOINT_LOAD, other.delete_checkpoint)
         assert manager.load_checkpoint(checkpoint_type=kind)["model_state_dict"] == state_of(1)
+
+
+def before_each_query(
+    manager: EnhancedCheckpointManager, patch: pytest.MonkeyPatch, call: Callable[[], Any], meanwhile: Callable[[], Any]
+) -> Iterator[Any]:
+    """Yield what ``call`` returns with ``meanwhile`` done before its first query, then before its second, and so on."""
+    database = manager._db
+    made = 0
+
+    def counted(place: int, *arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == place:
+            meanwhile()
+        return type(database).query(database, *arguments)
+
+    place = 0
+    while made >= place:
+        place, made = place + 1, 0
+        patch.setattr(database, "query", partial(counted, place))
+        yield call()
+
+
+def test_a_listing_shows_one_moment_whatever_is_saved_while_it_is_read(
+    manager: EnhancedCheckpointManager, tracker: ExperimentTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, experiment = iter(range(1000, 0, -1)), tracker.experiment_id
+
+    def improve() -> None:
+        loss = next(losses)
+        other.save_checkpoint(state_of(loss), epoch=loss, loss=loss, metrics={"f1": -loss}, experiment_id=experiment)
+
+    with other_manager(manager) as other:
+        improve()
+        for rows in before_each_query(manager, monkeypatch, manager.list_checkpoints, improve):
+            assert_each_flag_has_the_right_holder(rows)
+    assert next(losses) < 998, "nothing was saved meanwhile: nothing was tried"
+
+
+@pytest.mark.parametrize("kind", ["latest", "best_loss", "milestone"])
+def test_a_load_by_type_finds_one_whenever_the_chosen_one_is_deleted(
+    manager: EnhancedCheckpointManager, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for epoch in range(30):
+        manager.save_checkpoint(state_of(epoch), epoch=epoch, loss=-epoch, checkpoint_type="milestone")
+    monkeypatch.setattr("model_checkpoint.checkpoint.removal._PATIENCE", 0.01)
+    deleted = []
+
+    def delete_newest() -> None:
+        doomed = other.list_checkpoints()[-1]["checkpoint_id"]
+        with contextlib.suppress(LockTimeoutError):  # while it is read, it stays
+            other.delete_checkpoint(doomed)
+            deleted.append(doomed)
+
+    with other_manager(manager) as other:
+        load = lambda: manager.load_checkpoint(checkpoint_type=kind)  # noqa: E731
+        for loaded in before_each_query(manager, monkeypatch, load, delete_newest):
+            assert loaded["model_state_dict"] == state_of(loaded["epoch"])
+    assert len(deleted) > 1, "nothing was deleted meanwhile: nothing was tried"
 
 
 def test_verification_goes_on_when_a_checkpoint_is_deleted_meanwhile(manager: EnhancedCheckpointManager) -> None:

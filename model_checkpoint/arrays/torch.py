@@ -74,7 +74,9 @@ class TorchAdapter:
         if device is None:
             return tensor
         try:
-            return tensor.to(device)
+            if not isinstance(device, (str, torch.device)) and type(device) is not int:
+                raise TypeError("a device is named by text such as 'cuda:0', by its number, or by a torch.device")
+            return tensor.to(torch.device(device))
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise ConfigurationError(f"device={device!r} cannot take a tensor: {error}") from error
 

@@ -359,16 +359,11 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             signals: numbers of ``signal``.
 
         Raises:
-            ConfigurationError: this is not the main thread, or a signal cannot be handled.
+            ConfigurationError: this is not the main thread, or a signal cannot be handled; an earlier call holds on.
         """
         if not callable(state):
             raise ConfigurationError(f"save_on_signal wants a function that returns arguments, not {state!r}")
-        earlier = self._signals
-        if earlier is not None:
-            earlier.stop()
-        self._signals, self._at_signal = SignalWatch(signals), state
-        if earlier is not None and earlier.received is not None:
-            self._signals.received = earlier.received
+        self._signals, self._at_signal = SignalWatch(signals, self._signals), state
 
     def safe_point(self) -> None:
         """Say that the training state is whole: if a signal came (see ``save_on_signal``), it is saved and we end.

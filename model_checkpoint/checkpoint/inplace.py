@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from model_checkpoint.arrays import HostArray, Layout, adapter_for, fill
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
-from model_checkpoint.checkpoint.selection import children, is_all_arrays, references
+from model_checkpoint.checkpoint.selection import children, references
 from model_checkpoint.checkpoint.state import Decoder
 from model_checkpoint.errors import StateMismatchError
 from model_checkpoint.integrity.reading import FileReader
@@ -107,8 +107,7 @@ def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: 
         reader: the checkpoint.
         targets: component -> an object with ``state_dict()`` and ``load_state_dict()``, or a nested dict or list.
             Arrays in host memory in C order are read from the files straight into their place, others one by one by way
-            of memory of their own. What is no array, or has no place yet, goes to ``load_state_dict`` together with the
-            arrays that were filled.
+            of memory of their own. Then ``load_state_dict`` is given all of it, with the arrays that were filled.
         threads: how many read at once.
 
     Raises:
@@ -134,7 +133,7 @@ def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: 
     for name, target in targets.items():
         if states[name] is target:
             assign(target, made[name])
-        elif any(node["of"] == name for node in match.fresh) or not is_all_arrays(tree[name]):
+        else:  # of arrays alone, too: state_dict() may have returned copies
             target.load_state_dict(made[name])  # type: ignore[attr-defined]
 
 

@@ -120,8 +120,7 @@ class CheckpointLoading(CheckpointRemoval):
         Args:
             model, optimizer, scheduler: what to fill; None leaves it out. Anything with ``state_dict()`` and
                 ``load_state_dict()``, or nested dicts and lists of arrays. Arrays in host memory in C order are filled
-                in their place; what is no array, or is not there yet (the moments of a new optimizer), goes to
-                ``load_state_dict``.
+                in their place; then ``load_state_dict`` is given them with all the rest.
             checkpoint_id, experiment_id, checkpoint_type: which checkpoint, as for ``load_checkpoint``.
             verify_integrity: False compares lengths only.
 
@@ -195,8 +194,9 @@ class CheckpointLoading(CheckpointRemoval):
             except CheckpointNotFoundError:  # removed since it was looked up
                 if checkpoint_id == record.id:
                     raise
+                substitute = None
             except IntegrityError as error:
-                refused.append(record.id)
+                refused += [record.id] if record.id not in refused else []
                 if not fall_back:
                     raise
                 kind = "latest" if checkpoint_id is not None else checkpoint_type

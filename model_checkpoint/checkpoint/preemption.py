@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable
+from operator import index
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,7 @@ class SignalWatch:
 
     Args:
         signals: their numbers.
+        earlier: the watch that this one takes the place of, with what it received; it is stopped.
 
     Attributes:
         received: the signal that came, or None.
@@ -25,28 +28,45 @@ class SignalWatch:
         ConfigurationError: this is not the main thread, or a signal cannot be handled.
     """
 
-    def __init__(self, signals: Iterable[int]) -> None:
+    def __init__(self, signals: Iterable[int], earlier: SignalWatch | None = None) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigurationError("save_on_signal() must be called in the main thread: Python handles signals there")
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
-        for number in dict.fromkeys(signals):
-            try:
+        self._process, self._stopped = os.getpid(), False
+        try:
+            for number in dict.fromkeys(map(index, signals)):
                 self._previous[number] = signal.signal(number, self._note)
-            except (OSError, ValueError, TypeError) as error:
-                self.stop()
-                raise ConfigurationError(f"save_on_signal: signal {number!r} cannot be handled: {error}") from error
+        except (OSError, ValueError, TypeError, OverflowError) as error:
+            self.stop()
+            advice = "pass numbers such as [signal.SIGTERM]; what an earlier call set holds on"
+            raise ConfigurationError(f"save_on_signal: {signals!r} cannot be handled: {error}; {advice}") from error
+        if earlier is not None:
+            self.received = self.received if earlier.received is None else earlier.received
+            earlier.stop()
+            self._previous = {number: self._earlier(number) for number in self._previous}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
+        if self._stopped or os.getpid() != self._process:  # from another thread, or this is a child: not ours to note
+            signal.signal(number, self._earlier(number))
+            signal.raise_signal(number)
+        elif self.received is None:
             self.received = number
 
+    def _earlier(self, number: int) -> Any:
+        """Return the handler that was there before this one, and before those of other watches that were stopped."""
+        previous = self._previous.get(number)
+        watch = getattr(previous, "__self__", None)
+        if isinstance(watch, SignalWatch) and watch._stopped:
+            return watch._earlier(number)
+        return signal.SIG_DFL if previous is None else previous
+
     def stop(self) -> None:
-        """Put the handlers back that were there before, where they are still ours to take away."""
-        for number, previous in self._previous.items():
+        """Put the handlers back that were there before; where that is not possible now, when the next signal comes."""
+        self._stopped = True
+        for number in self._previous:
             if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == self._note:
-                signal.signal(number, signal.SIG_DFL if previous is None else previous)
-        self._previous = {}
+                signal.signal(number, self._earlier(number))
 
     def may_end(self) -> bool:
         """Whether a signal came, and this is the thread in which the process can be brought to its end."""
@@ -59,7 +79,7 @@ class SignalWatch:
             Preempted: there was none; the exit status is 128 + the signal's number, as a shell reports it.
         """
         number = self.received or signal.SIGTERM
-        previous = self._previous.get(number)
+        previous = self._earlier(number)
         self.stop()
         if callable(previous) and previous is not end_after_saves:
             signal.raise_signal(number)

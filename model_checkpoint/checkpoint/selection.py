@@ -27,14 +27,6 @@ def references(tree: Any) -> Iterator[dict[str, Any]]:
                 yield from references(item)
 
 
-def is_all_arrays(tree: Any) -> bool:
-    """Whether every leaf of ``tree`` is an array."""
-    if isinstance(tree, dict) and ("$array" in tree or "$view" in tree):
-        return True
-    below = children(tree)
-    return below is not None and all(is_all_arrays(child) for _, child in below)
-
-
 def check_keys(keys: object) -> tuple[str, ...] | None:
     """Return the patterns that a user gave as a tuple, None for None; raises ConfigurationError for anything else."""
     if keys is None:

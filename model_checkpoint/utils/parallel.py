@@ -65,7 +65,7 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> lis
         failures.append(error)
     stopped = join(helpers, stop)
     if failures or stopped:
-        raise [*failures, *stopped][0]
+        raise [*stopped, *failures][0]  # what a helper raised because of an interrupt is not the news
     return results  # type: ignore[return-value]
 
 

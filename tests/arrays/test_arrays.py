@@ -295,7 +295,7 @@ class TestTorch:
 
     def test_a_device_that_cannot_be_used_is_a_configuration_error(self) -> None:
         taken = host(torch.ones(1))
-        for device in ("nonsense", [1], "cuda:99"):
+        for device in ("nonsense", [1], "cuda:99", True, 1.5, torch.float16):
             with pytest.raises(ConfigurationError, match="device="):
                 from_host(taken, device)
 

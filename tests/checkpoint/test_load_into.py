@@ -304,3 +304,15 @@ def test_a_state_of_224_mib_is_loaded_with_less_than_40_more(tmp_path: Path, ver
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 40
+
+
+@needs_torch
+def test_an_object_whose_state_dict_is_a_copy_is_given_what_was_loaded(store: Store) -> None:
+    class Half(torch.nn.Linear):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            return {name: tensor.half() for name, tensor in super().state_dict(*arguments, **options).items()}
+
+    saved, filled = Half(2, 2), Half(2, 2)
+    store.manager.load_into(filled, checkpoint_id=store.save(saved))
+    assert torch.equal(filled.weight.half(), saved.weight.half())
+    assert torch.equal(filled.bias.half(), saved.bias.half())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -291,3 +293,56 @@ def test_a_child_that_is_told_to_end_saves_what_it_had_and_exits_as_shells_repor
         assert [row["checkpoint_type"] for row in rows[:-1]] == ["regular"] * (len(rows) - 1)
         assert last["step"] >= 60
         assert manager._db.experiments.get(experiment).status == "interrupted"  # type: ignore[union-attr]
+
+
+def test_managers_closed_in_any_order_leave_no_handler_that_swallows_signals(
+    manager: EnhancedCheckpointManager, tracker: ExperimentTracker, tmp_path: Path
+) -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    other = EnhancedCheckpointManager(tracker, tmp_path / "other")
+    manager.save_on_signal(wanted)
+    other.save_on_signal(wanted)
+    manager.close()
+    other.close()
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+
+
+def test_a_manager_closed_by_another_thread_lets_the_next_signal_through(manager: EnhancedCheckpointManager) -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    manager.save_on_signal(wanted)
+    closer = threading.Thread(target=manager.close)
+    closer.start()
+    closer.join()
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("wrong", [[signal.SIGTERM, signal.SIGKILL], [10.0], 5, None, ["TERM"], [2**70]])
+def test_signals_that_cannot_be_handled_are_refused_and_what_was_set_before_holds_on(
+    manager: EnhancedCheckpointManager, wrong: Any
+) -> None:
+    manager.save_on_signal(wanted, [signal.SIGTERM])
+    with pytest.raises(ConfigurationError, match="holds on"):
+        manager.save_on_signal(wanted, wrong)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Preempted):
+        manager.safe_point()
+    assert types(manager) == ["preempted"]
+
+
+def test_a_forked_child_ends_by_the_signal_that_its_parent_would_save_at(manager: EnhancedCheckpointManager) -> None:
+    manager.save_on_signal(wanted)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(theirs, b"r")
+        while True:
+            signal.pause()
+    assert os.read(ours, 1) == b"r"
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    os.close(ours)
+    os.close(theirs)

@@ -23,6 +23,7 @@ from model_checkpoint.errors import (
     LockTimeoutError,
     UnknownCheckpointTypeError,
 )
+from model_checkpoint.hooks import HookContext, HookEvent
 
 SCORES = [0.5, 0.3, 0.1, 0.4]  # the third is the best, the second the next
 
@@ -327,3 +328,20 @@ def test_a_directory_in_use_is_left_to_others(store: Store, monkeypatch: pytest.
         with pytest.raises(LockTimeoutError):
             store.manager.rebuild_index()
     assert store.manager.rebuild_index().corrected == []
+
+
+def test_the_next_one_is_taken_when_what_would_be_loaded_in_place_is_deleted_meanwhile(store: Store) -> None:
+    ids = save_four(store)
+    spoil(store, ids[3])
+
+    def delete_third(context: HookContext) -> None:
+        if context.checkpoint_id == ids[2]:
+            with EnhancedCheckpointManager(
+                None, store.manager.checkpoint_dir, database_url=store.manager._db.database_url
+            ) as other:
+                other.delete_checkpoint(ids[2])
+
+    store.manager.register_hook("delete", delete_third, [HookEvent.BEFORE_CHECKPOINT_LOAD])
+    loaded = store.manager.load_checkpoint(on_corruption="fallback")
+    assert loaded["model_state_dict"] == state_of(2)
+    assert loaded["_checkpoint_metadata"]["fallback_from"] == [ids[3]]

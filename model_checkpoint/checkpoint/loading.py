@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import time
@@ -185,6 +184,7 @@ class CheckpointLoading(CheckpointRemoval):
             The checkpoint, what ``read`` returned of it, and the ids of those that were corrupt before it.
         """
         refused: list[str] = []
+        gone: list[str] = []
         substitute: CheckpointRecord | None = None
         while True:
             record = substitute or self._wanted(checkpoint_id, experiment_id, checkpoint_type)
@@ -194,6 +194,7 @@ class CheckpointLoading(CheckpointRemoval):
             except CheckpointNotFoundError:  # removed since it was looked up
                 if checkpoint_id == record.id:
                     raise
+                gone += [] if substitute is None else [record.id]
                 substitute = None
             except IntegrityError as error:
                 refused += [record.id] if record.id not in refused else []
@@ -201,7 +202,7 @@ class CheckpointLoading(CheckpointRemoval):
                     raise
                 kind = "latest" if checkpoint_id is not None else checkpoint_type
                 first = self._db.checkpoints.get(self._directory.store_id, refused[0]) or record
-                substitute = self._substitute(first, kind, refused)
+                substitute = self._substitute(first, kind, [*refused, *gone])
                 if substitute is None:
                     raise
                 log.warning("%s; %s is loaded in its place", error, substitute.id)
@@ -209,10 +210,14 @@ class CheckpointLoading(CheckpointRemoval):
     def _wanted(self, checkpoint_id: str | None, experiment_id: str | None, checkpoint_type: str) -> CheckpointRecord:
         if checkpoint_id is not None:
             return self._record(checkpoint_id)
+        found = self._resolve(experiment_id, checkpoint_type)
         while True:
-            found = self._resolve(experiment_id, checkpoint_type)
-            with contextlib.suppress(CheckpointNotFoundError):  # removed since it was looked up
+            try:
                 return self._record(found)
+            except CheckpointNotFoundError:  # removed since it was looked up, or the database is damaged
+                earlier, found = found, self._resolve(experiment_id, checkpoint_type)
+                if found == earlier:
+                    raise
 
     def _substitute(self, first: CheckpointRecord, kind: str, refused: Collection[str]) -> CheckpointRecord | None:
         """Return the next of its kind that nothing is known against: the next best, or the newest one before it."""

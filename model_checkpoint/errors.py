@@ -127,7 +127,7 @@ class StateMismatchError(ModelCheckpointError, ValueError):
 
 
 class Preempted(SystemExit):
-    """The process ends because a signal asked for it; what ``save_on_signal`` promised is saved."""
+    """The process ends because a signal asked for it; it was saved first if the signal was met at a safe point."""
 
 
 class FormatVersionError(ModelCheckpointError, RuntimeError):

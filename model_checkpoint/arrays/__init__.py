@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 
 from model_checkpoint.arrays.dtypes import CODES, DTYPES, DType
@@ -45,12 +44,12 @@ def _adapter(library: str) -> ArrayAdapter:
     return _loaded[target]
 
 
-def adapter_for(kind: type) -> Callable[[object], HostArray | None] | None:
-    """Return the ``to_host`` verb for values of type ``kind`` (its base classes count too), or None."""
+def adapter_for(kind: type) -> ArrayAdapter | None:
+    """Return the adapter for values of type ``kind`` (its base classes count too), or None."""
     for base in kind.__mro__[:-1]:  # without object, which is in builtins too
         library = base.__module__.partition(".")[0]
         if library in _ADAPTERS:
-            return _adapter(library).to_host
+            return _adapter(library)
     return None
 
 
@@ -62,11 +61,10 @@ def settle() -> None:
 
 def fill(target: object, array: HostArray) -> None:
     """Copy the values of ``array`` into ``target``, an array of the same dtype and shape, wherever it is."""
-    for base in type(target).__mro__[:-1]:
-        library = base.__module__.partition(".")[0]
-        if library in _ADAPTERS:
-            return _adapter(library).fill(target, array)
-    raise TypeError(f"{type(target).__name__} is no array")
+    adapter = adapter_for(type(target))
+    if adapter is None:
+        raise TypeError(f"{type(target).__name__} is no array")
+    adapter.fill(target, array)
 
 
 def view(base: object, layout: Layout, offset: int) -> object:

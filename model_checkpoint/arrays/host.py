@@ -58,6 +58,13 @@ class ArrayAdapter(Protocol):
             ValueError: it is an array that cannot be stored; the text says why and what to do.
         """
 
+    def describe(self, value: object) -> HostArray | None:
+        """Return what ``to_host`` returns, but copy nothing: where it would have to, ``data`` is empty.
+
+        Raises:
+            ValueError: as from ``to_host``.
+        """
+
     def settle(self) -> None:
         """Wait until copies from devices that ``to_host`` has begun are whole; their ``data`` is not before that."""
 

@@ -15,8 +15,15 @@ class JaxAdapter:
     """Adapter of ``jax.Array`` (kind ``jax``). XLA does not take a donated array's memory while that is borrowed."""
 
     def to_host(self, value: object) -> HostArray | None:
-        jax = require("jax", "jax", "saving a JAX array")  # its own array is here, so it is loaded
+        described = self.describe(value)
+        if described is None or 0 in described.shape:
+            return described
         np = require("numpy", "numpy", "saving a JAX array")
+        flat = np.ravel(np.asarray(value))  # on the CPU a view; of other devices a copy
+        return described._replace(data=memoryview(flat.view(np.uint8)))
+
+    def describe(self, value: object) -> HostArray | None:
+        jax = require("jax", "jax", "saving a JAX array")  # its own array is here, so it is loaded
         if isinstance(value, jax.core.Tracer):
             raise ValueError("it is being traced; save outside of jit, grad and vmap")
         if not isinstance(value, jax.Array):
@@ -30,9 +37,7 @@ class JaxAdapter:
         dtype = value.dtype.name
         if dtype not in DTYPES or DTYPES[dtype].bits < 8:
             raise ValueError(f"JAX's dtype {dtype} has no portable form; convert it with .astype() first")
-        flat = np.ravel(np.asarray(value))  # on the CPU a view; of other devices a copy
-        data = memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
-        return HostArray(dtype, tuple(value.shape), data, "jax", id(value), immutable=True)
+        return HostArray(dtype, tuple(value.shape), memoryview(b""), "jax", id(value), immutable=True)
 
     def settle(self) -> None:
         """Nothing is copied in the background."""

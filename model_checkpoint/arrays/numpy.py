@@ -36,6 +36,9 @@ class NumpyAdapter:
         copied = not np.may_share_memory(flat, array)
         return HostArray(array.dtype.name, array.shape, data, kind, identity, immutable=copied)
 
+    def describe(self, value: object) -> HostArray | None:
+        return self.to_host(value)
+
     def settle(self) -> None:
         """Nothing is copied in the background."""
 

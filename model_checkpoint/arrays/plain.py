@@ -38,6 +38,9 @@ class PlainAdapter:
             return HostArray("uint8", (len(value),), memoryview(value), name, id(value), immutable=frozen)
         return None
 
+    def describe(self, value: object) -> HostArray | None:
+        return self.to_host(value)
+
     def settle(self) -> None:
         """Nothing is copied."""
 

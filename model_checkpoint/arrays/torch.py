@@ -8,6 +8,7 @@ pinned memory buffers" and "CUDA streams".
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.arrays.dtypes import DTYPES
@@ -30,27 +31,23 @@ class TorchAdapter:
 
         if not isinstance(value, torch.Tensor):
             return None
-        _check_storable(torch, value)
-        dtype = str(value.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise ValueError(f"torch's dtype {value.dtype} has no portable form; convert it with .to() first")
-        identity = None
-        if value.numel() and not (value.is_conj() or value.is_neg()):  # those differ from their memory by a lazy bit
-            identity = Layout(str(value.device), value.data_ptr(), dtype, tuple(value.shape), value.stride())
-        # Conjugate and negative views are lazy bits over shared memory: resolve them before looking at bytes.
-        plain = value.detach().resolve_conj().resolve_neg()
+        dtype, plain, identity = _described(torch, value)
         if plain.device.type == "cuda" and identity is not None:
             host = self._pinned(torch, plain)
         else:
             host = plain.cpu().contiguous()
-        copied = host.data_ptr() != value.data_ptr()
-        nbytes = host.numel() * host.element_size()
-        buffer: Any = b""
-        if nbytes:
-            buffer = (ctypes.c_ubyte * nbytes).from_address(host.data_ptr())
-            buffer.owner = host  # whoever holds the memoryview keeps the tensor, and so the memory, alive
-        data = memoryview(buffer).cast("B")
-        return HostArray(dtype, tuple(host.shape), data, "torch", identity, host, immutable=copied)
+        copied = identity is None or host.data_ptr() != identity.address
+        return HostArray(dtype, tuple(host.shape), _bytes_of(host), "torch", identity, host, immutable=copied)
+
+    def describe(self, value: object) -> HostArray | None:
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            return None
+        dtype, plain, identity = _described(torch, value)
+        borrowed = plain.device.type == "cpu" and plain.is_contiguous()
+        data = _bytes_of(plain) if borrowed else memoryview(b"")
+        return HostArray(dtype, tuple(plain.shape), data, "torch", identity, plain)
 
     def _pinned(self, torch: Any, value: torch.Tensor) -> torch.Tensor:
         """Begin to copy a GPU's tensor; the copy is whole when ``settle`` has returned."""
@@ -86,6 +83,35 @@ class TorchAdapter:
     def view(self, base: object, layout: Layout, offset: int) -> object:
         torch = require("torch", "torch", "loading a torch tensor")
         return torch.as_strided(base, layout.shape, layout.strides, offset)
+
+
+def _described(torch: Any, value: torch.Tensor) -> tuple[str, torch.Tensor, Layout | None]:
+    """Return the dtype's name, the tensor without autograd and lazy bits, and where it lies."""
+    _check_storable(torch, value)
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"torch's dtype {value.dtype} has no portable form; convert it with .to() first")
+    plain = value.detach()
+    if value.is_conj() or value.is_neg():  # lazy bits over shared memory: resolved before anyone looks at bytes
+        return dtype, plain.resolve_conj().resolve_neg(), None
+    if not value.numel():
+        return dtype, plain, None
+    return dtype, plain, Layout(str(value.device), value.data_ptr(), dtype, tuple(value.shape), value.stride())
+
+
+def _bytes_of(host: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor in host memory; whoever holds it keeps the tensor alive."""
+    nbytes = host.numel() * host.element_size()
+    if not nbytes:
+        return memoryview(b"")
+    buffer = _bytes_type(nbytes).from_address(host.data_ptr())
+    buffer.owner = host
+    return memoryview(buffer).cast("B")
+
+
+@lru_cache(maxsize=1024)
+def _bytes_type(nbytes: int) -> Any:
+    return ctypes.c_ubyte * nbytes  # making the type takes longer than all else, and a model has few sizes
 
 
 def _check_storable(torch: Any, value: torch.Tensor) -> None:

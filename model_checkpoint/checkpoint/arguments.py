@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from model_checkpoint.checkpoint.catalog import NAMED_TYPES
@@ -19,8 +21,26 @@ def check_at_least_one(**values: int | None) -> None:
     for name, value in values.items():
         if name in ("max_checkpoints", "io_threads", "max_shard_size") and value is None:
             continue
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
+
+
+def check_flags(**values: object) -> None:
+    """Raise ConfigurationError unless each value is True or False; a text such as "no" would count as True."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name} must be True or False, not {value!r}")
+
+
+def check_seconds(**values: object) -> None:
+    """Raise ConfigurationError unless each value is a number of seconds that a thread can wait, or None."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= threading.TIMEOUT_MAX:
+            raise ConfigurationError(
+                f"{name} must be seconds from 0 to {threading.TIMEOUT_MAX:.0f}, or None for no limit, not {value!r}"
+            )
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -72,3 +92,19 @@ def check_constructor(tracker: object, policy: object, protected_types: object, 
         raise ConfigurationError(f"protected_types must be a list of types, not {protected_types!r}")
     if best_metrics is not None and not isinstance(best_metrics, Mapping):
         raise ConfigurationError(f"best_metrics must be a dict such as {{'f1': 'max'}}, not {best_metrics!r}")
+
+
+def save_arguments(made: Any, save: Callable[..., object]) -> Mapping[str, Any]:
+    """Return what a function for ``save_on_signal`` returned, unless ``save`` could not be called with it.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    try:
+        inspect.signature(save).bind(**made)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the function given to save_on_signal() must return a dict of save_checkpoint's arguments, such as "
+            f"{{'model': model}}, not {made!r:.200}: {error}; nothing was saved, and the signal is still noted"
+        ) from error
+    return dict(made)

@@ -89,8 +89,8 @@ class SaveQueue:
                 self.jobs[checkpoint_id] = job
                 idle = self._worker is None
             self._ring()
-            if idle and not start(threading.Thread(target=self._work, name="checkpoint saves", daemon=False)):
-                self._work()
+            if idle:
+                self._start()
         except BaseException:
             with self._lock:
                 if self._running != checkpoint_id and (self._worker is None or self.jobs.get(checkpoint_id) is None):
@@ -100,8 +100,9 @@ class SaveQueue:
             raise
 
     def _take_place(self, checkpoint_id: str) -> bool:
-        if len(self.jobs) >= self._limit or (_ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL):
-            return False  # the latter for good: what is acknowledged now would be lost
+        ending = _ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if len(self.jobs) >= self._limit or (ending and not any(queue.is_worker() for queue in list(_queues))):
+            return False  # the latter for good: what is acknowledged now would be lost. A worker's is waited for
         self.jobs[checkpoint_id] = None
         return True
 
@@ -111,22 +112,40 @@ class SaveQueue:
             if self._worker is not None:
                 return
             self._worker = threading.current_thread()
-        while self._wait_until(self._take_job) and self._running is not None:
-            failure: BaseException | None = None
-            job = self.jobs[self._running]
-            try:
-                if job is not None:
-                    job()
-            except BaseException as error:
-                failure = error
-                log.exception("the background save of checkpoint %s failed", self._running)
-            del job  # and with it the snapshot of a save that failed
+        try:
+            while self._wait_until(self._take_job) and self._running is not None:
+                self._do(self._running)
+        finally:
             with self._lock:
-                if failure is not None:
-                    self.failures[self._running] = failure
-                del self.jobs[self._running]
-                self._running = None
-            self._ring()
+                died = self._worker is threading.current_thread()  # it is None where all is done
+                if died:
+                    self._worker = None
+            if died and self.jobs:
+                self._start()  # those who wait must not wait for ever
+
+    def _start(self) -> None:
+        if not start(threading.Thread(target=self._work, name="checkpoint saves", daemon=False)):
+            self._work()
+
+    def _do(self, checkpoint_id: str) -> None:
+        failure: BaseException | None = None
+        job = self.jobs[checkpoint_id]
+        try:
+            if job is not None:
+                job()
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that asks
+            failure = error
+        del job  # and with it the snapshot of a save that failed
+        with self._lock:
+            if failure is not None:
+                self.failures[checkpoint_id] = failure
+            del self.jobs[checkpoint_id]
+            self._running = None
+        self._ring()
+        try:
+            if failure is not None:  # only now: who logs may fail, too
+                log.error("the background save of checkpoint %s failed", checkpoint_id, exc_info=failure)
+        finally:
             _end_if_idle()
 
     def _take_job(self) -> bool:

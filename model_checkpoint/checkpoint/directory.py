@@ -20,9 +20,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import FileIO
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from threading import Event
-from weakref import ReferenceType, ref
+from weakref import WeakSet
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
 from model_checkpoint.checkpoint.identity import identify, stamp
@@ -68,7 +68,7 @@ class CheckpointDirectory:
         self._staging = os.path.join(self._engine, "staging")
         self._trash = os.path.join(self._engine, "trash")
         self._synced: set[str] = set()  # experiments whose folder this object has made durable
-        self._locks: list[ReferenceType[FileIO]] = []
+        self._locks: WeakSet[FileIO] = WeakSet()  # those that are open
         watch(self)
         try:
             lasting = self.path
@@ -169,10 +169,8 @@ class CheckpointDirectory:
 
     def after_fork_in_child(self) -> None:
         """Let go of the parent's locks, which would otherwise last until the child ends."""
-        for reference in self._locks:
-            lock = reference()
-            if lock is not None:
-                lock.close()
+        for lock in self._locks:
+            lock.close()
 
     def _open_lock(self) -> FileIO:
         path = os.path.join(self._engine, "gc.lock")
@@ -181,22 +179,23 @@ class CheckpointDirectory:
             lock = FileIO(os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644), "rb+")
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES) and os.path.exists(path):
-                return FileIO(os.open(path, flags | os.O_RDONLY), "rb")  # an archive: readers can still take turns
-            advice = "check its permissions"
-            if error.errno == errno.ENOENT:
-                advice = "it was removed or unmounted; make a new EnhancedCheckpointManager to start it again"
-            raise StorageError("lock the checkpoint directory", path, error, advice) from error
-        self._locks = [*filter(_alive, self._locks), ref(lock)]
+                lock = FileIO(os.open(path, flags | os.O_RDONLY), "rb")  # an archive: readers can still take turns
+            else:
+                advice = "check its permissions"
+                if error.errno == errno.ENOENT:
+                    advice = "it was removed or unmounted; make a new EnhancedCheckpointManager to start it again"
+                raise StorageError("lock the checkpoint directory", path, error, advice) from error
+        self._locks.add(lock)
         return lock
 
     def _open_turn(self) -> FileIO:
         """Open what one who waits for the lock alone holds, to let no others begin: it might never be free."""
         name = os.path.join(self._engine, "format.json")  # which is there in archives, too
         try:
-            turn = open(name, "rb", buffering=0)
+            turn = FileIO(name, "rb")
         except OSError as error:
             raise StorageError("lock the checkpoint directory", name, error, "open it again") from error
-        self._locks.append(ref(turn))
+        self._locks.add(turn)
         return turn
 
     def folder(self, experiment_id: str, checkpoint_id: str) -> str:
@@ -371,9 +370,6 @@ def _try_lock(lock: FileIO, kind: int) -> bool:
         return True
     except BlockingIOError:
         return False
-
-
-_alive = methodcaller("__call__")  # of a weak reference: its object, or None
 
 
 def _refuse_links(*folders: str) -> None:

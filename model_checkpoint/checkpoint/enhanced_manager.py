@@ -13,7 +13,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model_checkpoint.checkpoint.arguments import check_at_least_one, check_constructor, integers, label, numbers
+from model_checkpoint.checkpoint.arguments import (
+    check_at_least_one,
+    check_constructor,
+    check_flags,
+    integers,
+    label,
+    numbers,
+    save_arguments,
+)
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
 from model_checkpoint.checkpoint.catalog import Tracker, database_of, payload
@@ -129,6 +137,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         check_at_least_one(save_frequency=save_frequency, max_checkpoints=max_checkpoints)
         check_at_least_one(max_shard_size=max_shard_size, cache_size=cache_size, max_pending_saves=max_pending_saves)
         check_at_least_one(io_threads=io_threads)
+        check_flags(async_save=async_save)
         self.checkpoint_dir = "checkpoints" if checkpoint_dir is None else checkpoint_dir
         self.hook_manager = HookManager() if enable_hooks else None
         self._backend = find_backend(storage_backend)
@@ -351,8 +360,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
 
         A signal is only noted. At the next ``safe_point()``, or ``save_checkpoint()``, which is one too, the state is
         saved, and the process goes the way that the signal would have sent it: an earlier Python handler is called;
-        where there was none, ``Preempted`` (a SystemExit with status 128 + the signal) unwinds the program. Call this
-        again to replace ``state``; ``close`` ends it.
+        where there was none, ``Preempted`` (a SystemExit with status 128 + the signal) unwinds the program; a signal
+        that was ignored is ignored again. Call this again to replace ``state``; ``close`` ends it.
 
         Args:
             state: called at the safe point; returns the arguments of ``save_checkpoint``, as a dict.
@@ -370,18 +379,12 @@ class EnhancedCheckpointManager(ManagerLifecycle):
 
         Raises:
             Preempted: a signal came; the state is durable.
+            ConfigurationError: what the function returned is not what ``save_checkpoint`` takes; nothing was saved.
         """
         if self._signals is None or not self._signals.may_end() or getattr(self._inside, "hook", False):
             return
-        self.save_checkpoint(**{**self._at_signal(), "blocking": True})
-
-    def _end(self, checkpoint_id: str) -> None:
-        """Let the process end by the signal that came, now that ``checkpoint_id`` holds its state."""
-        self._queue.wait()
-        self._queue.raise_failure(checkpoint_id)
-        signals, self._signals = self._signals, None
-        if signals is not None:
-            signals.end()
+        wanted = save_arguments(self._at_signal(), self.save_checkpoint)
+        self.save_checkpoint(**{**wanted, "blocking": True})
 
 
 def _take(state: EncodedState, threads: int, buffer: SnapshotBuffer) -> EncodedState:

@@ -53,11 +53,20 @@ class Match:
         self.problems: list[str] = []
         self._places: dict[object, tuple[str, str, str]] = {}  # where in memory -> the saved array, and who met it
 
-    def compare(self, tree: Any, state: Any, path: str) -> None:
-        """Note how ``tree`` fits ``state``, which messages call ``path``."""
+    def compare(self, tree: Any, state: Any, path: str, fixed: bool = True) -> None:
+        """Note how ``tree`` fits ``state``.
+
+        Args:
+            tree, state: what was saved, and what is there.
+            path: what messages call it.
+            fixed: whether it cannot be replaced: it is the target itself, or lies in tuples of the target only.
+        """
         saved = children(tree)
         if isinstance(tree, dict) and ("$array" in tree or "$view" in tree):
-            self._array(tree, state, path)
+            self._array(tree, state, path, fixed)
+        elif saved is None and fixed:
+            if _described(state) is not None or self._decode(tree) != state:
+                self.problems.append(f"{path}: {state!r:.50} is in a tuple, which cannot be changed; use a list")
         elif saved is None or (isinstance(state, (Mapping, list, tuple)) and not state and "." in path):
             self.fresh += references(tree)
         elif not isinstance(state, (Mapping, list, tuple)):
@@ -67,17 +76,18 @@ class Match:
             there = dict(state) if isinstance(state, Mapping) else dict(enumerate(state))
             if path.startswith("optimizer.param_groups") and len(saved) != len(there) and isinstance(state, list):
                 self.problems.append(f"{path}: {len(saved)} were saved, there are {len(there)}")
+            fixed = fixed and isinstance(state, tuple)
             for node, child in saved:
                 key = self._decode(node)
                 if key in there:
-                    self.compare(child, there.pop(key), f"{path}.{key}")
+                    self.compare(child, there.pop(key), f"{path}.{key}", fixed)
                 elif _has_arrays(child):
                     self.problems.append(f"{path}.{key}: was saved, there is no place for it")
             for key, left in there.items():
                 self.problems += [f"{name}: is there, was not saved" for name in _arrays_in(left, f"{path}.{key}")]
 
-    def _array(self, tree: dict[str, Any], target: object, path: str) -> None:
-        found = _host(target)
+    def _array(self, tree: dict[str, Any], target: object, path: str, fixed: bool) -> None:
+        found = _described(target)
         saved = f"{tree['dtype']}{list(tree['shape'])}"
         if found is None:
             self.problems.append(f"{path}: {saved} was saved, there is a {type(target).__name__}")
@@ -85,8 +95,12 @@ class Match:
             self.problems.append(f"{path}: {saved} was saved, there is {found.dtype}{list(found.shape)}")
         elif found.kind in _VALUES or (found.kind.startswith("memoryview") and found.data.readonly):
             self.fresh += references(tree)  # it is replaced
+            if fixed:
+                self.problems.append(f"{path}: cannot be changed, and is in a tuple, which cannot either; use a list")
         elif not getattr(getattr(target, "flags", None), "writeable", True):
             self.problems.append(f"{path}: is read-only")
+        elif isinstance(found.identity, Layout) and _overlaps_itself(found.identity):
+            self.problems.append(f"{path}: several of its elements are one place in memory, as after expand()")
         else:
             self.filled.append(Filled(tree, target, _own_memory(found)))
             self._note_place(found.identity, tree, path)
@@ -161,7 +175,10 @@ def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int
             run(tasks, threads, Event())
     for filled in match.filled:
         if "$view" in filled.node:  # arrays that overlapped were stored as one
-            fill(filled.target, _host(decoder.node(filled.node)) or not_stored(filled.node["of"], filled.node["$view"]))
+            view = decoder.node(filled.node)
+            adapter = adapter_for(type(view))
+            host = None if adapter is None else adapter.to_host(view)
+            fill(filled.target, host or not_stored(filled.node["of"], filled.node["$view"]))
 
 
 def _put(
@@ -203,12 +220,16 @@ def assign(state: Any, made: Any) -> None:
             state.append(value)
 
 
-def _host(value: object) -> HostArray | None:
-    to_host = adapter_for(type(value))
+def _described(value: object) -> HostArray | None:
+    adapter = adapter_for(type(value))
     try:
-        return None if to_host is None else to_host(value)
+        return None if adapter is None else adapter.describe(value)
     except ValueError:
         return None  # an array that cannot be saved, so it was not
+
+
+def _overlaps_itself(layout: Layout) -> bool:
+    return any(length > 1 and stride == 0 for length, stride in zip(layout.shape, layout.strides))
 
 
 def _own_memory(array: HostArray) -> memoryview | None:
@@ -237,5 +258,5 @@ def _arrays_in(state: Any, path: str) -> Iterator[str]:
     elif isinstance(state, (list, tuple)):
         for i, item in enumerate(state):
             yield from _arrays_in(item, f"{path}.{i}")
-    elif not isinstance(state, (str, bytes)) and _host(state) is not None:
+    elif not isinstance(state, (str, bytes)) and _described(state) is not None:
         yield path

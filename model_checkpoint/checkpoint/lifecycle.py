@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, TypeVar
 
+from model_checkpoint.checkpoint.arguments import check_seconds
 from model_checkpoint.checkpoint.loading import CheckpointLoading
 from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.recovery import RecoveryReport, rebuild, recover
@@ -48,7 +49,7 @@ class ManagerLifecycle(CheckpointLoading):
 
         Args:
             checkpoint_id: which; all that are pending now when None.
-            timeout: seconds; None waits for as long as it takes.
+            timeout: seconds, from 0; None waits for as long as it takes.
 
         Returns:
             True; False when ``timeout`` went by before they were.
@@ -56,7 +57,9 @@ class ManagerLifecycle(CheckpointLoading):
         Raises:
             SaveFailedError: it failed (for None: one of them did), and nobody was told yet.
             CheckpointNotFoundError: ``checkpoint_id`` is neither pending nor saved.
+            ConfigurationError: ``timeout`` is no number of seconds.
         """
+        check_seconds(timeout=timeout)
         ended = self._queue.wait(None if checkpoint_id is None else [checkpoint_id], timeout)
         self._queue.raise_failure(checkpoint_id)
         if checkpoint_id is not None and ended:
@@ -105,6 +108,14 @@ class ManagerLifecycle(CheckpointLoading):
                 signals.end()  # it came when there was no safe point any more
             elif signals is not None:
                 signals.stop()
+
+    def _end(self, checkpoint_id: str) -> None:
+        """Let the process end by the signal that came, now that ``checkpoint_id`` holds its state."""
+        self._queue.wait()
+        self._queue.raise_failure(checkpoint_id)
+        signals, self._signals = self._signals, None
+        if signals is not None:
+            signals.end()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("cannot copy or pickle a manager; pass checkpoint_dir and experiment_id, and make one there")

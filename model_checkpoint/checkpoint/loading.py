@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from model_checkpoint.checkpoint.arguments import check_choice
-from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import elect
 from model_checkpoint.checkpoint.inplace import load_into
 from model_checkpoint.checkpoint.reader import CheckpointReader
@@ -29,7 +28,6 @@ T = TypeVar("T")
 class CheckpointLoading(CheckpointRemoval):
     """Loading; ``EnhancedCheckpointManager`` sets it up."""
 
-    _queue: SaveQueue
     _integrity: bool
     _threads: int
 
@@ -163,12 +161,6 @@ class CheckpointLoading(CheckpointRemoval):
             **copy.deepcopy({"metrics": record.metrics, "config": record.config}),  # the record may be in the cache
             "_checkpoint_metadata": told,
         }
-
-    def _settle(self) -> None:
-        """Let this manager's own saves be durable before anything is looked up."""
-        if self._queue.jobs or self._queue.failures:
-            self._queue.wait()
-            self._queue.raise_failure()
 
     def _read_chosen(
         self,

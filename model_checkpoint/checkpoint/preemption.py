@@ -75,6 +75,8 @@ class SignalWatch:
     def end(self) -> None:
         """Let the process end by the signal that came: its earlier handler runs; where there was none, it exits.
 
+        Returns where the signal was ignored before.
+
         Raises:
             Preempted: there was none; the exit status is 128 + the signal's number, as a shell reports it.
         """
@@ -83,5 +85,5 @@ class SignalWatch:
         self.stop()
         if callable(previous) and previous is not end_after_saves:
             signal.raise_signal(number)
-        else:
+        elif previous != signal.SIG_IGN:
             raise Preempted(128 + number)

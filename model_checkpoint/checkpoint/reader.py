@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
@@ -26,7 +27,7 @@ from model_checkpoint.errors import (
 )
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.integrity.reading import FileReader, map_file, read_parts
-from model_checkpoint.utils.parallel import join, run, start
+from model_checkpoint.utils.parallel import run, start, wait_while
 
 STATE_FILE = "state.json"
 _HEAD = 8  # bytes that a backend must see to say how long the head of its file is
@@ -218,28 +219,29 @@ class CheckpointReader:
 
 
 class _Ahead:
-    """Calls a function in a thread of its own, or in the end in the caller's where none can be started."""
+    """Calls a function in a thread of its own, or in the caller's where none can be started."""
 
     def __init__(self, function: Callable[[], dict[str, memoryview]]) -> None:
-        self._outcome: list[dict[str, memoryview]] = []
-        self._errors: list[BaseException] = []
+        self._outcome: dict[str, memoryview] | None = None
+        self._error: BaseException | None = None
         self._function = function
-        self._thread = Thread(target=self._call, name="checkpoint reader", daemon=True)
-        self._started = start(self._thread)
+        self._ended: SimpleQueue[None] = SimpleQueue()
+        if not start(Thread(target=self._call, name="checkpoint reader", daemon=True)):
+            self._call()
 
     def _call(self) -> None:
         try:
-            self._outcome.append(self._function())
+            self._outcome = self._function()
         except BaseException as error:  # noqa: BLE001 - raised by result()
-            self._errors.append(error)
+            self._error = error
+        self._ended.put(None)
 
     def result(self) -> dict[str, memoryview]:
-        interrupts = join([self._thread], Event()) if self._started else []
-        if not self._started:
-            self._call()
-        for error in [*interrupts, *self._errors]:
-            raise error
-        return self._outcome.pop()
+        interrupts = wait_while(lambda: self._outcome is None and self._error is None, self._ended)
+        for error in (*interrupts, self._error):
+            if error is not None:
+                raise error
+        return self._outcome or {}
 
 
 def span(reader: FileReader, array: HostArray) -> tuple[int, int]:

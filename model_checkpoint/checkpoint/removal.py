@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import elect, with_sound_holders
 from model_checkpoint.checkpoint.catalog import CheckpointCatalog
 from model_checkpoint.checkpoint.retention import (
@@ -34,16 +35,26 @@ _RETENTION_PATIENCE = 0.2  # seconds that a save's retention pass waits; the nex
 class CheckpointRemoval(CheckpointCatalog):
     """Removal and its opposites; ``EnhancedCheckpointManager`` sets it up."""
 
+    _queue: SaveQueue
     _protection: Protection
     _policy: RetentionPolicy | None
     _max_checkpoints: int | None
     _save_frequency: int
 
+    def _settle(self) -> None:
+        """Let this manager's own saves be durable before anything is looked up or removed."""
+        if self._queue.jobs or self._queue.failures:
+            self._queue.wait()
+            self._queue.raise_failure()
+
     def pin(self, checkpoint_id: str) -> None:
         """Protect a checkpoint from retention and ``delete_checkpoint`` until it is unpinned.
 
+        This and all that removes or brings back waits for this manager's background saves first.
+
         Raises:
             CheckpointNotFoundError: there is none with this id here.
+            SaveFailedError: a save in the background failed, and nobody was told yet.
         """
         self._set_pinned(checkpoint_id, True)
 
@@ -51,11 +62,12 @@ class CheckpointRemoval(CheckpointCatalog):
         """Take the protection of ``pin`` back.
 
         Raises:
-            CheckpointNotFoundError: there is none with this id here.
+            CheckpointNotFoundError, SaveFailedError: as from ``pin``.
         """
         self._set_pinned(checkpoint_id, False)
 
     def _set_pinned(self, checkpoint_id: str, pinned: bool) -> None:
+        self._settle()
         if not self._db.checkpoints.set_pinned(self._record(checkpoint_id).id, pinned):
             raise CheckpointNotFoundError(checkpoint_id, "it was deleted meanwhile; list_trash() shows it")
 
@@ -159,7 +171,9 @@ class CheckpointRemoval(CheckpointCatalog):
             HookVetoError: a hook stopped it.
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
             StorageError: the directory cannot be written; nothing was changed.
+            SaveFailedError: a save in the background failed, and nobody was told yet.
         """
+        self._settle()
         record = self._record(checkpoint_id)
         self._still_deletable(checkpoint_id)
         veto = self._may_go(record.experiment_id, checkpoint_id)
@@ -186,7 +200,9 @@ class CheckpointRemoval(CheckpointCatalog):
         Raises:
             CheckpointNotFoundError: it is not in the trash (any more).
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+            SaveFailedError: a save in the background failed, and nobody was told yet.
         """
+        self._settle()
         store, rows, graves = self._directory.store_id, self._db.checkpoints, self._db.tombstones
         with self._directory.exclusive(_PATIENCE):
             found = {key: experiment for key, experiment, *_ in graves.content(store)}
@@ -222,6 +238,8 @@ class CheckpointRemoval(CheckpointCatalog):
 
         Raises:
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
+            SaveFailedError: a save in the background failed, and nobody was told yet.
         """
+        self._settle()
         with self._directory.exclusive(_PATIENCE):
             return self._purge(experiment_id or self._own_experiment())

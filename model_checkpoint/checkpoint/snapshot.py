@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from functools import partial
+from itertools import accumulate
 from threading import Event
 
-from model_checkpoint.arrays import HostArray
 from model_checkpoint.checkpoint.state import EncodedState
 from model_checkpoint.utils.kernel import fresh_memory
 from model_checkpoint.utils.parallel import run
 
 _ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
 _PIECE = 16 << 20  # 16 MiB: large arrays are copied by several threads
+_TINY = 16 << 10  # 16 KiB; copying less takes less time than letting go of the GIL
+
+Copy = tuple[memoryview, memoryview]  # from, to; of one size
 
 
 class SnapshotBuffer:
@@ -32,60 +35,51 @@ class SnapshotBuffer:
             The copy. Its arrays lie in this buffer and are overwritten by the next ``take``; arrays of immutable
             objects are not copied but borrowed on.
         """
-        offset = 0
-        places: dict[tuple[str, str], int] = {}
-        for component, named in state.arrays.items():
-            for key, array in named.items():
-                if not array.immutable:
-                    places[component, key] = offset
-                    offset += -(-array.data.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if self._memory.nbytes < offset:
+        arrays = {component: dict(named) for component, named in state.arrays.items()}
+        changing = [
+            (named, key, array) for named in arrays.values() for key, array in named.items() if not array.immutable
+        ]
+        ends = list(accumulate(-(-array.data.nbytes // _ALIGNMENT) * _ALIGNMENT for _, _, array in changing))
+        size = ends[-1] if ends else 0
+        if self._memory.nbytes < size:
             self._memory = memoryview(b"")  # the old one goes first
-            self._memory = fresh_memory(offset)
-        copies: list[partial[None]] = []
-        arrays: dict[str, dict[str, HostArray]] = {}
-        for component, named in state.arrays.items():
-            arrays[component] = {}
-            for key, array in named.items():
-                if (component, key) in places:
-                    start = places[component, key]
-                    target = self._memory[start : start + array.data.nbytes]
-                    copies += _copies(array.data, target)
-                    array = array._replace(data=target, source=None)
-                arrays[component][key] = array
-        run(_batches(copies), threads if offset > _PIECE else 1, Event())
+            self._memory = fresh_memory(size)
+        copies: list[Copy] = []
+        for (named, key, array), start in zip(changing, [0, *ends]):
+            source = array.data
+            target = self._memory[start : start + source.nbytes]
+            if source.nbytes <= _PIECE:
+                copies.append((source, target))
+            else:
+                copies += _pieces(source, target)
+            named[key] = array._replace(data=target, source=None)
+        run(_batches(copies), threads if size > _PIECE else 1, Event())
         return EncodedState(state.tree, arrays)
 
 
-def _copies(source: memoryview, target: memoryview) -> list[partial[None]]:
-    return [
-        partial(_copy, source[start : start + _PIECE], target[start : start + _PIECE])
-        for start in range(0, source.nbytes, _PIECE)
-    ]
+def _pieces(source: memoryview, target: memoryview) -> list[Copy]:
+    starts = range(0, source.nbytes, _PIECE)
+    return [(source[start : start + _PIECE], target[start : start + _PIECE]) for start in starts]
 
 
-def _batches(copies: list[partial[None]]) -> list[partial[None]]:
+def _batches(copies: list[Copy]) -> list[partial[None]]:
     """Return the copies as tasks of some size: taking a task costs as much as copying 10 KB."""
     tasks: list[partial[None]] = []
-    batch: list[partial[None]] = []
+    batch: list[Copy] = []
     size = 0
     for copy in copies:
         batch.append(copy)
-        size += copy.args[0].nbytes
+        size += copy[0].nbytes
         if size >= _PIECE:
-            tasks.append(partial(_all, batch))
+            tasks.append(partial(_copy, batch))
             batch, size = [], 0
-    return [*tasks, partial(_all, batch)]
+    return [*tasks, partial(_copy, batch)]
 
 
-def _all(copies: list[partial[None]]) -> None:
-    for copy in copies:
-        copy()
-
-
-def _copy(source: memoryview, target: memoryview) -> None:
-    if source.readonly:
-        target[:] = source
-    else:  # without the GIL, so that threads copy at once
-        first, to = ctypes.c_char.from_buffer(source), ctypes.c_char.from_buffer(target)
-        ctypes.memmove(ctypes.addressof(to), ctypes.addressof(first), source.nbytes)
+def _copy(copies: list[Copy]) -> None:
+    for source, target in copies:
+        if source.readonly or source.nbytes < _TINY:
+            target[:] = source
+        else:  # without the GIL, so that threads copy at once
+            first, to = ctypes.c_char.from_buffer(source), ctypes.c_char.from_buffer(target)
+            ctypes.memmove(ctypes.byref(to), ctypes.byref(first), source.nbytes)

@@ -104,7 +104,8 @@ class _Encoder:
         if kind in (dict, list, tuple, OrderedDict):
             return self._container(value, kind, path)
         if kind not in _TO_HOST:
-            _TO_HOST[kind] = adapter_for(kind)
+            adapter = adapter_for(kind)
+            _TO_HOST[kind] = None if adapter is None else adapter.to_host
         to_host = _TO_HOST[kind]
         if to_host is not None:
             try:

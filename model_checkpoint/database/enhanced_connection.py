@@ -247,9 +247,11 @@ class EnhancedDatabaseConnection:
             self._dialect.close(connection)
 
     def _failed(self, error: Exception) -> DatabaseError:
-        advice = (
-            "another process holds it for long: raise busy_timeout" if "locked" in str(error) else "nothing was stored"
-        )
+        advice = "nothing was stored"
+        if "locked" in str(error):
+            advice = "another process holds it for long: raise busy_timeout"
+        elif "malformed" in str(error) or "not a database" in str(error):
+            advice = "it is damaged: move it away with its -wal and -shm files; manifests bring the checkpoints back"
         return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")
 
     def before_close(self, finish: Callable[[], object]) -> None:

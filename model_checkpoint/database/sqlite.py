@@ -86,7 +86,8 @@ class SQLiteDialect:
                 self.close(connection)
             raise DatabaseError(
                 f"cannot open database {self.path}: {error}; check that it is a SQLite file and that it and its folder "
-                "can be written, or name another database_url: checkpoints are found again by their manifests"
+                "can be written; if it is damaged, move it away with its -wal and -shm files: checkpoints are found "
+                "again by their manifests"
             ) from error
         return connection
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from threading import Event, Thread
+from queue import SimpleQueue
+from threading import Event, Thread, current_thread, main_thread
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -21,6 +22,8 @@ def default_threads() -> int:
 
 def start(thread: Thread) -> bool:
     """Start a thread; returns whether that was possible: not when there are too many, or the interpreter ends."""
+    if not main_thread().is_alive():
+        return False  # the interpreter has waited for the threads that there were, and would not for this one
     try:
         thread.start()
     except RuntimeError:
@@ -41,42 +44,66 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> lis
     Raises:
         BaseException: what the first task that failed raised, when no task is running any more.
     """
-    results: list[Result | None] = [None] * len(tasks)
+    given = list(tasks)
+    results: list[Result | None] = [None] * len(given)
     failures: list[BaseException] = []
-    waiting = iter(range(len(tasks)))
+    waiting = iter(range(len(given)))
+    working: set[Thread] = set()
+    ended: SimpleQueue[None] = SimpleQueue()
 
     def work() -> None:
         try:
             for i in waiting:  # one iterator for all: each task is taken by one thread
                 if stop.is_set():
                     return
-                results[i] = tasks[i]()
+                results[i] = given[i]()
         except BaseException as error:  # noqa: BLE001 - raised below, when nobody works any more
             failures.append(error)
             stop.set()
 
-    helpers = [Thread(target=work, name="checkpoint files", daemon=True) for _ in range(min(threads, len(tasks)) - 1)]
+    def help_out() -> None:
+        working.add(current_thread())  # before it looks at what is to do: who is not in here yet will find nothing
+        work()
+        working.discard(current_thread())
+        ended.put(None)
+
     try:
-        for helper in helpers:
-            if not start(helper):
+        for _ in range(min(threads, len(given)) - 1):
+            if not start(Thread(target=help_out, name="checkpoint files", daemon=True)):
                 break
         work()
     except BaseException as error:  # noqa: BLE001 - an interrupt between the tasks; raised below, too
         failures.append(error)
-    stopped = join(helpers, stop)
-    if failures or stopped:
-        raise [*stopped, *failures][0]  # what a helper raised because of an interrupt is not the news
+        stop.set()
+    interrupts = wait_while(lambda: bool(working), ended, stop)
+    given.clear()  # a helper's frame may outlive this call for a moment, and must not keep memory borrowed
+    if failures or interrupts:
+        raise [*interrupts, *failures][0]  # what a helper raised because of an interrupt is not the news
     return results  # type: ignore[return-value]
 
 
-def join(threads: Sequence[Thread], stop: Event) -> list[BaseException]:
-    """Wait until the threads that were started have ended, whatever happens; returns the interrupts met meanwhile."""
+def wait_while(
+    condition: Callable[[], bool], changed: SimpleQueue[None], stop: Event | None = None
+) -> list[BaseException]:
+    """Wait, whatever happens, until ``condition`` no longer holds.
+
+    ``Thread.join`` is no use for this: until Python 3.13, one that was interrupted takes the thread for ended.
+
+    Args:
+        condition: asked after every change.
+        changed: gets an item after every change.
+        stop: set at an interrupt.
+
+    Returns:
+        The interrupts met meanwhile, for the caller to raise.
+    """
     interrupts: list[BaseException] = []
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join()
-            except BaseException as error:  # noqa: BLE001 - the caller raises it
+    while True:
+        try:
+            while condition():
+                changed.get()
+            return interrupts
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            interrupts.append(error)
+            if stop is not None:
                 stop.set()
-                interrupts.append(error)
-    return interrupts

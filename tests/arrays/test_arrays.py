@@ -35,9 +35,9 @@ ROOT = Path(__file__).parents[2]
 
 def host(value: Any) -> HostArray:
     """Return ``value`` as its adapter sees it."""
-    to_host = adapter_for(type(value))
-    assert to_host is not None
-    made = to_host(value)
+    adapter = adapter_for(type(value))
+    assert adapter is not None
+    made = adapter.to_host(value)
     assert made is not None
     return made
 
@@ -109,8 +109,8 @@ class TestWhatIsNoArray:
         ids=lambda value: type(value).__name__,
     )
     def test_other_values_are_nobodys(self, value: object) -> None:
-        to_host = adapter_for(type(value))
-        assert to_host is None or to_host(value) is None
+        adapter = adapter_for(type(value))
+        assert adapter is None or (adapter.to_host(value) is None and adapter.describe(value) is None)
 
     def test_a_class_of_ones_own_is_nobodys(self) -> None:
         assert adapter_for(type("Mine", (), {})) is None

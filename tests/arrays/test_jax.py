@@ -36,9 +36,9 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(store: Store, dtype: str, 
 
 def test_taking_an_array_copies_nothing_and_a_snapshot_neither(store: Store) -> None:
     array = jax.numpy.arange(1 << 20, dtype="float32")
-    to_host = adapter_for(type(array))
-    assert to_host is not None
-    host = to_host(array)
+    adapter = adapter_for(type(array))
+    assert adapter is not None
+    host = adapter.to_host(array)
     assert host is not None
     assert np.frombuffer(host.data, np.uint8).ctypes.data == array.unsafe_buffer_pointer()
     assert host.immutable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import random
 import signal
@@ -19,7 +20,7 @@ from helpers_storage import exact, needs_torch, needs_zstandard, np, torch
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, register_storage_backend
 from model_checkpoint.checkpoint.storage.safetensors_backend import SafeTensorsBackend
-from model_checkpoint.errors import CheckpointNotFoundError
+from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, SaveFailedError
 from model_checkpoint.hooks import HookContext, HookEvent
 
 DEADLINE = 30.0  # seconds that anything may take before it counts as hung
@@ -397,3 +398,62 @@ def test_workers_of_a_data_loader_run_beside_a_background_save(make: Make, gate:
     gate.opened.set()
     manager.wait()
     assert epochs(manager) == [1]
+
+
+# Calls that need what is pending
+
+
+def test_what_is_pending_can_be_pinned_deleted_and_brought_back(make: Make) -> None:
+    manager = make()
+    kept = manager.save_checkpoint(state_of(1), epoch=1)
+    manager.pin(kept)
+    gone = manager.save_checkpoint(state_of(2), epoch=2)
+    assert manager.delete_checkpoint(gone)
+    manager.save_checkpoint(state_of(3), epoch=3)
+    manager.undelete(gone)
+    assert epochs(manager) == [1, 2, 3]
+    manager.unpin(gone)
+    manager.save_checkpoint(state_of(4), epoch=4)
+    manager.delete_checkpoint(gone)
+    manager.save_checkpoint(state_of(5), epoch=5)
+    assert manager.empty_trash() > 0
+    assert epochs(manager) == [1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), float("nan"), -1, "1", True, 1e300])
+def test_a_timeout_that_is_none_is_refused_by_name(make: Make, timeout: Any) -> None:
+    with pytest.raises(ConfigurationError, match="timeout must be seconds"):
+        make().wait(timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "option", [{"async_save": "no"}, {"async_save": 1}, {"max_pending_saves": True}, {"io_threads": True}]
+)
+def test_options_of_another_kind_are_refused_by_name(make: Make, option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(option))):
+        make(**option)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_of_its_logging_leaves_nobody_waiting(make: Make, gate: Gate) -> None:
+    manager = make(max_pending_saves=3)
+    logger, died = logging.getLogger("model_checkpoint.checkpoint.background"), threading.Event()
+
+    def refuse(record: logging.LogRecord) -> bool:
+        died.set()
+        raise RuntimeError("a filter of the user's")
+
+    gate.opened.clear()
+    failed, sound = manager.save_checkpoint(state_of(1)), manager.save_checkpoint(state_of(2), epoch=2)
+    gate.error = OSError(28, "No space left on device")
+    manager.register_hook("mend", lambda _: setattr(gate, "error", None), [HookEvent.ON_CHECKPOINT_SAVE_FAILED])
+    logger.addFilter(refuse)
+    try:
+        gate.opened.set()
+        assert died.wait(DEADLINE)
+        assert manager._queue.wait([sound], DEADLINE)
+    finally:
+        logger.removeFilter(refuse)
+    with pytest.raises(SaveFailedError, match=failed):
+        manager.wait()
+    assert epochs(manager) == [2]

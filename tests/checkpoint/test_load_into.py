@@ -316,3 +316,37 @@ def test_an_object_whose_state_dict_is_a_copy_is_given_what_was_loaded(store: St
     store.manager.load_into(filled, checkpoint_id=store.save(saved))
     assert torch.equal(filled.weight.half(), saved.weight.half())
     assert torch.equal(filled.bias.half(), saved.bias.half())
+
+
+@needs_torch
+def test_an_expanded_tensor_is_refused_before_anything_is_changed(store: Store) -> None:
+    saved = store.save({"a": torch.ones(3), "b": torch.ones(4, 2)})
+    target = {"a": torch.zeros(3), "b": torch.zeros(2).expand(4, 2)}
+    with pytest.raises(StateMismatchError, match=r"model\.b: several of its elements are one place in memory"):
+        store.manager.load_into(target, checkpoint_id=saved)
+    assert target["a"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_values_in_a_tuple_that_differ_are_refused_and_those_that_do_not_are_fine(store: Store) -> None:
+    saved = store.save((array("d", [1.0]), {"lr": 0.1}, 5, (array("d", [2.0]), "name")))
+    first, last = array("d", [0.0]), array("d", [0.0])
+    for other in [(first, {"lr": 0.2}, 6, (last, "name")), (first, {"lr": 0.2}, 5, (last, "eman"))]:
+        with pytest.raises(StateMismatchError, match="is in a tuple, which cannot be changed; use a list"):
+            store.manager.load_into(other, checkpoint_id=saved)
+    assert (first[0], last[0]) == (0.0, 0.0)
+    target = (first, {"lr": 0.2}, 5, (last, "name"))
+    store.manager.load_into(target, checkpoint_id=saved)
+    assert target == (array("d", [1.0]), {"lr": 0.1}, 5, (array("d", [2.0]), "name"))
+
+
+def test_what_cannot_be_changed_and_is_in_a_tuple_is_refused(store: Store) -> None:
+    saved = store.save((b"new", array("d", [1.0])))
+    target = (b"old", array("d", [0.0]))
+    with pytest.raises(StateMismatchError, match="cannot be changed, and is in a tuple"):
+        store.manager.load_into(target, checkpoint_id=saved)
+    assert target[1][0] == 0.0
+    inside = {"pair": target}
+    saved = store.save({"pair": (b"new", array("d", [1.0]))})
+    store.manager.load_into(inside, checkpoint_id=saved)
+    assert inside == {"pair": (b"new", array("d", [1.0]))}
+    assert inside["pair"][1] is target[1]

@@ -346,3 +346,29 @@ def test_a_forked_child_ends_by_the_signal_that_its_parent_would_save_at(manager
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
     os.close(ours)
     os.close(theirs)
+
+
+def test_a_signal_that_was_ignored_is_saved_at_and_ignored_again(manager: EnhancedCheckpointManager) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    manager.save_on_signal(wanted)
+    signal.raise_signal(signal.SIGUSR1)
+    manager.safe_point()
+    assert types(manager) == ["preempted"]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("made", [None, 5, {"modle": STATE}, {}, {"model": STATE, "blocking": False, "x": 1}], ids=repr)
+def test_a_state_function_that_returns_nonsense_is_named_and_may_be_replaced(
+    manager: EnhancedCheckpointManager, made: Any
+) -> None:
+    manager.save_on_signal(lambda: made)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(
+        ConfigurationError, match=r"save_on_signal\(\) must return a dict of save_checkpoint's arguments"
+    ):
+        manager.safe_point()
+    assert types(manager) == []
+    manager.save_on_signal(wanted)
+    with pytest.raises(Preempted):
+        manager.safe_point()
+    assert types(manager) == ["preempted"]

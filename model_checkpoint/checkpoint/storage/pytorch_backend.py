@@ -87,8 +87,8 @@ def _own_storages(arrays: Mapping[str, Mapping[str, HostArray]]) -> dict[str, di
 
 
 def _host(tensor: object) -> HostArray:
-    to_host = adapter_for(type(tensor))
-    array = to_host(tensor) if to_host else None
+    adapter = adapter_for(type(tensor))
+    array = None if adapter is None else adapter.to_host(tensor)
     if array is None:
         raise FormatError(f"{FILE_NAME} holds a {type(tensor).__name__} where a tensor should be")
     return array

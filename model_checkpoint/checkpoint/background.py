@@ -75,6 +75,7 @@ class SaveQueue:
         """
         try:
             self._wait_until(lambda: self._take_place(checkpoint_id))
+            started = self._worker is not None or self._start()  # it waits while the snapshot is taken
             buffer = self._spare.pop() if self._spare else SnapshotBuffer()
             taken = snapshot(buffer)
 
@@ -87,10 +88,9 @@ class SaveQueue:
             end_after_saves_at_sigterm()
             with self._lock:
                 self.jobs[checkpoint_id] = job
-                idle = self._worker is None
             self._ring()
-            if idle:
-                self._start()
+            if not started:
+                self._work()
         except BaseException:
             with self._lock:
                 if self._running != checkpoint_id and (self._worker is None or self.jobs.get(checkpoint_id) is None):
@@ -120,12 +120,11 @@ class SaveQueue:
                 died = self._worker is threading.current_thread()  # it is None where all is done
                 if died:
                     self._worker = None
-            if died and self.jobs:
-                self._start()  # those who wait must not wait for ever
+            if died and self.jobs and not self._start():
+                self._work()  # those who wait must not wait for ever
 
-    def _start(self) -> None:
-        if not start(threading.Thread(target=self._work, name="checkpoint saves", daemon=False)):
-            self._work()
+    def _start(self) -> bool:
+        return start(threading.Thread(target=self._work, name="checkpoint saves", daemon=False))
 
     def _do(self, checkpoint_id: str) -> None:
         failure: BaseException | None = None

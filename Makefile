@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# The fast tests sync thousands of small files; in memory, where there are 4 GB of it, they take three quarters of the time.
+MEMORY := $(shell [ "$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}')" -gt 4000000 ] && echo TMPDIR=/dev/shm)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-scale clean
@@ -14,7 +16,7 @@ demo: $(VENV)/.demo ## train, kill, resume and compare on real images (examples/
 	$(BIN)/python examples/digits.py
 
 test: lint ## lint, then the fast tests, then the slow ones
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(MEMORY) $(BIN)/python -m pytest -n auto -m "not slow"
 	$(BIN)/python -m pytest -n auto -m slow
 
 torture: $(VENV)/.dev ## the fault tests in their long form: kills, power loss, failing disks, bit rot, races (hours)

@@ -81,7 +81,8 @@ else:
 def run_and_kill(folder: Path, experiment: str, mode: str, start: int, wait: float) -> list[list[str]]:
     """Kill the child ``wait`` seconds after it says go; returns its words."""
     command = [sys.executable, "-c", CHILD, str(folder), experiment, mode, str(start)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as child:
+    # Unbuffered: what readline() had read ahead would come after the words that followed it.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"go\n"
         deadline, said = time.monotonic() + wait, b""

@@ -947,3 +947,38 @@ def test_threads_that_wait_for_a_connection_are_told_of_the_close(path: Path) ->
     assert len(outcomes) == 4
     assert all(outcome == [(1,)] or "was closed" in outcome for outcome in outcomes)
     assert open_files(path) == []
+
+
+class InterruptedLock:
+    """A lock; a Ctrl-C comes right after it was taken for the first time."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self.interrupted = lock, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lock, name)
+
+    def acquire(self) -> None:
+        self.lock.acquire()
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+
+
+def test_a_ctrl_c_right_after_the_write_lock_was_taken_leaves_it_free(tmp_path: Path) -> None:
+    db = EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/e.db")
+    db._writer.lock = InterruptedLock(db._writer.lock)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt), db.transaction():
+        raise AssertionError("never")
+    entered = threading.Event()
+
+    def write() -> None:
+        with db.transaction():
+            entered.set()
+
+    other = threading.Thread(target=write, daemon=True)
+    other.start()
+    assert entered.wait(DEADLINE)
+    other.join(DEADLINE)
+    db._writer.lock = db._writer.lock.lock  # type: ignore[attr-defined]
+    db.close()

@@ -55,7 +55,7 @@ def adapter_for(kind: type) -> ArrayAdapter | None:
 
 def settle() -> None:
     """Wait until the ``data`` of every array that ``to_host`` returned to this thread is whole."""
-    for adapter in _loaded.values():
+    for adapter in list(_loaded.values()):  # another thread may load one meanwhile
         adapter.settle()
 
 

@@ -29,15 +29,22 @@ class NumpyAdapter:
         flat: Any = np.ravel(little, order="C")  # a view when contiguous, a copy otherwise
         kind = "numpy.scalar" if isinstance(value, np.generic) else "numpy"
         identity = None
-        if kind == "numpy" and array.size and little is array and _whole(array):
-            strides = tuple(s // array.itemsize for s in array.strides)
-            identity = Layout("cpu", array.ctypes.data, array.dtype.name, array.shape, strides)
+        if kind == "numpy" and little is array:
+            identity = _layout(array)
         data = memoryview(flat.view(np.uint8))
         copied = not np.may_share_memory(flat, array)
         return HostArray(array.dtype.name, array.shape, data, kind, identity, immutable=copied)
 
     def describe(self, value: object) -> HostArray | None:
-        return self.to_host(value)
+        import numpy as np
+
+        if not isinstance(value, np.ndarray) or value.flags.c_contiguous:
+            return self.to_host(value)
+        first = np.lib.stride_tricks.as_strided(
+            value, (0,) * value.ndim, subok=True
+        )  # no element, so nothing is copied
+        described = self.to_host(first)
+        return None if described is None else described._replace(shape=value.shape, identity=_layout(value))
 
     def settle(self) -> None:
         """Nothing is copied in the background."""
@@ -63,6 +70,9 @@ class NumpyAdapter:
         return np.dtype(getattr(module, name))
 
 
-def _whole(array: Any) -> bool:
-    """Whether the strides count elements; those of a structured array's field may not."""
-    return all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+def _layout(array: Any) -> Layout | None:
+    """Return where an array lies; None if it is empty, or its strides do not count elements, as in structured ones."""
+    if not array.size or any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        return None
+    strides = tuple(s // array.itemsize for s in array.strides)
+    return Layout("cpu", array.ctypes.data, array.dtype.name, array.shape, strides)

@@ -34,11 +34,15 @@ class PlainAdapter:
             data = memoryview(b"") if value.nbytes == 0 else flat.cast("B")
             return HostArray(dtype, tuple(value.shape or ()), data, f"memoryview:{value.format}", id(value))
         if isinstance(value, (bytes, bytearray)):
-            name, frozen = type(value).__name__, isinstance(value, bytes)
+            frozen = isinstance(value, bytes)
+            name = "bytes" if frozen else "bytearray"  # of subclasses, too: theirs could be any library's name
             return HostArray("uint8", (len(value),), memoryview(value), name, id(value), immutable=frozen)
         return None
 
     def describe(self, value: object) -> HostArray | None:
+        if isinstance(value, memoryview) and not value.c_contiguous:
+            described = self.to_host(memoryview(b"").cast(value.format))  # type: ignore[call-overload]
+            return None if described is None else described._replace(shape=tuple(value.shape or ()), identity=id(value))
         return self.to_host(value)
 
     def settle(self) -> None:

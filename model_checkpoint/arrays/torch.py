@@ -32,6 +32,8 @@ class TorchAdapter:
         if not isinstance(value, torch.Tensor):
             return None
         dtype, plain, identity = _described(torch, value)
+        if identity is None:  # conjugate and negative views are lazy bits over shared memory
+            plain = plain.resolve_conj().resolve_neg()
         if plain.device.type == "cuda" and identity is not None:
             host = self._pinned(torch, plain)
         else:
@@ -45,15 +47,15 @@ class TorchAdapter:
         if not isinstance(value, torch.Tensor):
             return None
         dtype, plain, identity = _described(torch, value)
-        borrowed = plain.device.type == "cpu" and plain.is_contiguous()
+        borrowed = identity is not None and identity.device == "cpu" and plain.is_contiguous()
         data = _bytes_of(plain) if borrowed else memoryview(b"")
         return HostArray(dtype, tuple(plain.shape), data, "torch", identity, plain)
 
     def _pinned(self, torch: Any, value: torch.Tensor) -> torch.Tensor:
         """Begin to copy a GPU's tensor; the copy is whole when ``settle`` has returned."""
-        if value.device not in self._streams:
-            self._streams[value.device] = torch.cuda.Stream(value.device)
-        stream = self._streams[value.device]
+        stream = self._streams.get(value.device)
+        if stream is None:  # several threads may make one; all use the first that is noted
+            stream = self._streams.setdefault(value.device, torch.cuda.Stream(value.device))
         stream.wait_stream(torch.cuda.current_stream(value.device))
         with torch.cuda.stream(stream):
             host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
@@ -62,7 +64,7 @@ class TorchAdapter:
         return host  # type: ignore[no-any-return]
 
     def settle(self) -> None:
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):  # another thread may add one meanwhile
             stream.synchronize()
 
     def from_host(self, array: HostArray, device: Any = None) -> object:
@@ -86,17 +88,19 @@ class TorchAdapter:
 
 
 def _described(torch: Any, value: torch.Tensor) -> tuple[str, torch.Tensor, Layout | None]:
-    """Return the dtype's name, the tensor without autograd and lazy bits, and where it lies."""
+    """Return the dtype's name, the tensor without autograd, and where it lies; None for an empty or a lazy one."""
     _check_storable(torch, value)
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"torch's dtype {value.dtype} has no portable form; convert it with .to() first")
     plain = value.detach()
-    if value.is_conj() or value.is_neg():  # lazy bits over shared memory: resolved before anyone looks at bytes
-        return dtype, plain.resolve_conj().resolve_neg(), None
     if not value.numel():
         return dtype, plain, None
-    return dtype, plain, Layout(str(value.device), value.data_ptr(), dtype, tuple(value.shape), value.stride())
+    layout = Layout(str(value.device), value.data_ptr(), dtype, tuple(value.shape), value.stride())
+    reach = sum([(n - 1) * step for n, step in zip(layout.shape, layout.strides)]) + 1
+    if not layout.address or value.untyped_storage().nbytes() < (value.storage_offset() + reach) * value.itemsize:
+        raise ValueError("its memory was freed, or was never there; gather or materialise it first")
+    return dtype, plain, None if value.is_conj() or value.is_neg() else layout
 
 
 def _bytes_of(host: torch.Tensor) -> memoryview:

@@ -12,10 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection
+from itertools import count
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TypeVar
-from weakref import WeakSet
+from weakref import ReferenceType, ref
 
 from model_checkpoint.checkpoint.snapshot import SnapshotBuffer
 from model_checkpoint.errors import SaveFailedError
@@ -23,6 +24,7 @@ from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.parallel import start
 
 log = logging.getLogger(__name__)
+_INIT = 1  # the first process of a container, which the kernel does not end by a signal that nobody handles
 Taken = TypeVar("Taken")
 
 
@@ -42,7 +44,8 @@ class SaveQueue:
         self._limit = limit
         self.after_fork_in_child()
         watch(self)
-        _queues.add(self)
+        number = next(_numbers)
+        _queues[number] = ref(self, lambda _: _queues.pop(number, None))
 
     def before_fork(self) -> None:
         """Nothing has to rest: what the thread uses does, and the child starts without it."""
@@ -76,7 +79,8 @@ class SaveQueue:
         try:
             self._wait_until(lambda: self._take_place(checkpoint_id))
             started = self._worker is not None or self._start()  # it waits while the snapshot is taken
-            buffer = self._spare.pop() if self._spare else SnapshotBuffer()
+            with self._lock:
+                buffer = self._spare.pop() if self._spare else SnapshotBuffer()
             taken = snapshot(buffer)
 
             def job() -> None:
@@ -101,7 +105,7 @@ class SaveQueue:
 
     def _take_place(self, checkpoint_id: str) -> bool:
         ending = _ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        if len(self.jobs) >= self._limit or (ending and not any(queue.is_worker() for queue in list(_queues))):
+        if len(self.jobs) >= self._limit or (ending and not any(queue.is_worker() for queue in _all_queues())):
             return False  # the latter for good: what is acknowledged now would be lost. A worker's is waited for
         self.jobs[checkpoint_id] = None
         return True
@@ -113,8 +117,8 @@ class SaveQueue:
                 return
             self._worker = threading.current_thread()
         try:
-            while self._wait_until(self._take_job) and self._running is not None:
-                self._do(self._running)
+            while (mine := self._next()) is not None:
+                self._do(mine)
         finally:
             with self._lock:
                 died = self._worker is threading.current_thread()  # it is None where all is done
@@ -124,7 +128,29 @@ class SaveQueue:
                 self._work()  # those who wait must not wait for ever
 
     def _start(self) -> bool:
+        if threading.current_thread() is threading.main_thread() and not threading.main_thread().is_alive():
+            return False  # an atexit callback: before Python 3.12 nobody waits for a thread that is started now
         return start(threading.Thread(target=self._work, name="checkpoint saves", daemon=False))
+
+    def _next(self) -> str | None:
+        """Wait for the first job's snapshot and note it as running; None when there is no job, and no worker any more.
+
+        What was chosen is told by this, not by ``_running``: when the lock is free, another worker may set that.
+        """
+        chosen: list[str | None] = []
+
+        def choose() -> bool:
+            first = next(iter(self.jobs), None)
+            if first is not None and self.jobs[first] is None:
+                return False  # its snapshot is being taken
+            self._running = first
+            if first is None:
+                self._worker = None
+            chosen.append(first)
+            return True
+
+        self._wait_until(choose)
+        return chosen[-1]
 
     def _do(self, checkpoint_id: str) -> None:
         failure: BaseException | None = None
@@ -146,16 +172,8 @@ class SaveQueue:
                 log.error("the background save of checkpoint %s failed", checkpoint_id, exc_info=failure)
         finally:
             _end_if_idle()
-
-    def _take_job(self) -> bool:
-        """Note the first job as running, or that there is none; returns False while its snapshot is taken."""
-        first = next(iter(self.jobs), None)
-        if first is not None and self.jobs[first] is None:
-            return False
-        self._running = first
-        if first is None:
-            self._worker = None
-        return True
+        if isinstance(failure, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise failure  # the caller does its save itself, and was interrupted
 
     def _wait_until(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
         """Wait until ``condition``, which is asked after every change, under the lock, holds; False at the timeout."""
@@ -169,6 +187,8 @@ class SaveQueue:
             try:
                 bell.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
             except Empty:
+                with self._lock:
+                    self._bells = [other for other in self._bells if other is not bell]
                 return False
 
     def _ring(self) -> None:
@@ -204,7 +224,8 @@ class SaveQueue:
             raise SaveFailedError(failed, failure) from failure
 
 
-_queues: WeakSet[SaveQueue] = WeakSet()
+_queues: dict[int, ReferenceType[SaveQueue]] = {}
+_numbers = count()
 _ending = False  # whether SIGTERM came; a loop that goes on saving must not put the end off
 
 
@@ -227,9 +248,16 @@ def end_after_saves(number: int, frame: FrameType | None) -> None:
     _end_if_idle()  # never wait here: the main thread may hold a lock that a save needs
 
 
+def _all_queues() -> list[SaveQueue]:
+    """Return the queues that there are; they come and go in other threads, and a copy of the dict is taken at once."""
+    return [queue for reference in _queues.copy().values() if (queue := reference()) is not None]
+
+
 def _end_if_idle() -> None:
-    if _ending and not any(queue.jobs for queue in list(_queues)):
+    if _ending and not any(queue.jobs for queue in _all_queues()):
         os.kill(os.getpid(), signal.SIGTERM)
+        if os.getpid() == _INIT:
+            os._exit(128 + signal.SIGTERM)
 
 
 def _in_child() -> None:

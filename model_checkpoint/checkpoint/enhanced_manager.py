@@ -134,9 +134,10 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         io_threads: int | None = None,
     ) -> None:
         check_constructor(experiment_tracker, retention_policy, protected_types, best_metrics)
-        check_at_least_one(save_frequency=save_frequency, max_checkpoints=max_checkpoints)
+        check_at_least_one(save_frequency=save_frequency, max_checkpoints=max_checkpoints, io_threads=io_threads)
         check_at_least_one(max_shard_size=max_shard_size, cache_size=cache_size, max_pending_saves=max_pending_saves)
-        check_at_least_one(io_threads=io_threads)
+        check_flags(enable_compression=enable_compression, enable_integrity_checks=enable_integrity_checks)
+        check_flags(enable_caching=enable_caching, save_best=save_best, save_last=save_last, enable_hooks=enable_hooks)
         check_flags(async_save=async_save)
         self.checkpoint_dir = "checkpoints" if checkpoint_dir is None else checkpoint_dir
         self.hook_manager = HookManager() if enable_hooks else None
@@ -225,8 +226,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             SaveFailedError: an earlier save in the background failed; nothing of this one was saved.
             Preempted: a signal came that ``save_on_signal`` watches for; this checkpoint is durable.
         """
-        if self._queue.failures and not (self._signals is not None and self._signals.may_end()):
-            self._queue.raise_failure()  # not where the state must be saved now; close() will raise it
+        if self._queue.failures and not self._must_save():
+            self._queue.raise_failure()
         started = time.perf_counter()
         if type(epoch) is not int or type(step) is not int or (epoch | step) >> 63:  # what is plain needs no check
             epoch, step = integers(epoch=epoch, step=step)
@@ -259,8 +260,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             self._submit(call, state)
             self._count(stall_seconds=time.perf_counter() - started)
         else:
-            if self._queue.jobs:
-                self._queue.wait()  # the order of commits is the order of calls
+            if self._queue.jobs:  # the order of commits is the order of calls
+                self._queue.wait() if self._must_save() else self._settle()
             self._save(call, state)
         if self._signals is not None and self._signals.may_end() and not getattr(self._inside, "hook", False):
             self._end(record.id)
@@ -372,7 +373,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         """
         if not callable(state):
             raise ConfigurationError(f"save_on_signal wants a function that returns arguments, not {state!r}")
-        self._signals, self._at_signal = SignalWatch(signals, self._signals), state
+        self._signals, self._at_signal = SignalWatch(signals, self, self._signals), state
 
     def safe_point(self) -> None:
         """Say that the training state is whole: if a signal came (see ``save_on_signal``), it is saved and we end.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
 from functools import partial
 from threading import Event
 from typing import Any, NamedTuple
 
-from model_checkpoint.arrays import HostArray, Layout, adapter_for, fill
+from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, fill
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
 from model_checkpoint.checkpoint.selection import children, references
 from model_checkpoint.checkpoint.state import Decoder
@@ -51,40 +52,72 @@ class Match:
         self.filled: list[Filled] = []
         self.fresh: list[dict[str, Any]] = []
         self.problems: list[str] = []
-        self._places: dict[object, tuple[str, str, str]] = {}  # where in memory -> the saved array, and who met it
+        self._bare = False
+        self._places: list[tuple[str, int, int, bool, tuple[str, str], str]] = []  # device, first byte, end, ...
 
-    def compare(self, tree: Any, state: Any, path: str, fixed: bool = True) -> None:
+    def compare_part(self, tree: Any, target: object, state: Any, name: str) -> None:
+        """Note how a component's tree fits an object.
+
+        Args:
+            tree: what was saved.
+            target, state: the object, and its ``state_dict()``, or itself where it has none.
+            name: the component's.
+        """
+        if state is target and not isinstance(target, (Mapping, list, tuple)):
+            self.problems.append(f"{name}: a {type(target).__name__} cannot be filled; pass it within a dict or list")
+        elif state is not target and not callable(getattr(target, "load_state_dict", None)):
+            self.problems.append(f"{name}: {type(target).__name__} has state_dict() and no load_state_dict()")
+        elif _is_sequence(tree) != isinstance(state, (list, tuple)):
+            self.problems.append(f"{name}: {_kind_of(tree)} was saved, there is a {type(state).__name__}")
+        else:
+            self._bare = state is target
+            # Optimizers and schedulers have keys that come and go; load_state_dict() knows them.
+            self._compare(tree, state, name, fixed=self._bare, strict=self._bare or name == "model")
+
+    def _compare(self, tree: Any, state: Any, path: str, fixed: bool, strict: bool) -> None:
         """Note how ``tree`` fits ``state``.
 
         Args:
             tree, state: what was saved, and what is there.
             path: what messages call it.
             fixed: whether it cannot be replaced: it is the target itself, or lies in tuples of the target only.
+            strict: whether every key must be on both sides; otherwise only those of arrays.
         """
         saved = children(tree)
         if isinstance(tree, dict) and ("$array" in tree or "$view" in tree):
             self._array(tree, state, path, fixed)
-        elif saved is None and fixed:
-            if _described(state) is not None or self._decode(tree) != state:
-                self.problems.append(f"{path}: {state!r:.50} is in a tuple, which cannot be changed; use a list")
-        elif saved is None or (isinstance(state, (Mapping, list, tuple)) and not state and "." in path):
+        elif saved is None:
+            self._value(tree, state, path, fixed, strict)
+        elif isinstance(state, (Mapping, list, tuple)) and not state and "." in path and not (fixed and saved):
             self.fresh += references(tree)
-        elif not isinstance(state, (Mapping, list, tuple)):
-            if _has_arrays(tree):
-                self.problems.append(f"{path}: a container of arrays was saved, there is a {type(state).__name__}")
+        elif not isinstance(state, (Mapping, list, tuple)) or _is_sequence(tree) != isinstance(state, (list, tuple)):
+            if strict or _has_arrays(tree):
+                self.problems.append(f"{path}: {_kind_of(tree)} was saved, there is a {type(state).__name__}")
         else:
-            there = dict(state) if isinstance(state, Mapping) else dict(enumerate(state))
-            if path.startswith("optimizer.param_groups") and len(saved) != len(there) and isinstance(state, list):
-                self.problems.append(f"{path}: {len(saved)} were saved, there are {len(there)}")
-            fixed = fixed and isinstance(state, tuple)
-            for node, child in saved:
-                key = self._decode(node)
-                if key in there:
-                    self.compare(child, there.pop(key), f"{path}.{key}", fixed)
-                elif _has_arrays(child):
-                    self.problems.append(f"{path}.{key}: was saved, there is no place for it")
-            for key, left in there.items():
-                self.problems += [f"{name}: is there, was not saved" for name in _arrays_in(left, f"{path}.{key}")]
+            self._container(saved, state, path, fixed, strict)
+
+    def _container(self, saved: list[tuple[Any, Any]], state: Any, path: str, fixed: bool, strict: bool) -> None:
+        there = dict(state) if isinstance(state, Mapping) else dict(enumerate(state))
+        if path.startswith("optimizer.param_groups") and len(saved) != len(there) and isinstance(state, list):
+            self.problems.append(f"{path}: {len(saved)} were saved, there are {len(there)}")
+        fixed = fixed and not isinstance(state, (MutableMapping, MutableSequence))
+        below = strict and self._bare  # what lies deeper in a module's state is the module's
+        for node, child in saved:
+            key = self._decode(node)
+            if key in there:
+                self._compare(child, there.pop(key), f"{path}.{key}", fixed, below)
+            elif _has_arrays(child) or fixed or (strict and not self._bare):
+                self.problems.append(f"{path}.{key}: was saved, there is no place for it")
+        for key, left in there.items():
+            found = [f"{path}.{key}"] if strict else _arrays_in(left, f"{path}.{key}")
+            self.problems += [f"{name}: is there, was not saved" for name in found]
+
+    def _value(self, tree: Any, state: Any, path: str, fixed: bool, strict: bool) -> None:
+        is_array = _described(state) is not None
+        if strict and (is_array or next(_arrays_in(state, path), None) is not None):
+            self.problems.append(f"{path}: no array was saved, there is a {type(state).__name__}")
+        elif fixed and (is_array or self._decode(tree) != state):
+            self.problems.append(f"{path}: {state!r:.50} is in a tuple, which cannot be changed; use a list")
 
     def _array(self, tree: dict[str, Any], target: object, path: str, fixed: bool) -> None:
         found = _described(target)
@@ -106,12 +139,28 @@ class Match:
             self._note_place(found.identity, tree, path)
 
     def _note_place(self, identity: object, tree: dict[str, Any], path: str) -> None:
-        """Refuse that two saved arrays go into one: arrays that are tied now, and were not then."""
+        """Note where in memory a target lies, to find two saved arrays that would go into one place."""
         base = tree if "$array" in tree else tree["base"]
-        place = identity[:2] if isinstance(identity, Layout) else identity
-        first = self._places.setdefault(place, (base["of"], base["$array"], path))
-        if place is not None and first[:2] != (base["of"], base["$array"]):
-            self.problems.append(f"{path}: shares its memory with {first[2]}, they were saved as two arrays")
+        owner = (base["of"], base["$array"])
+        if isinstance(identity, Layout):
+            reach = sum((n - 1) * step for n, step in zip(identity.shape, identity.strides)) + 1
+            whole = reach == math.prod(identity.shape)  # of two with gaps, one may lie in those of the other
+            end = identity.address + reach * DTYPES[identity.dtype].bits // 8
+            self._places.append((identity.device, identity.address, end, whole, owner, path))
+        elif identity is not None:
+            self._places.append(("", hash(identity), 0, True, owner, path))
+
+    def find_shared(self) -> None:
+        """Refuse that two saved arrays go into one place: arrays that share memory now, and did not then."""
+        before: tuple[str, int, int, bool, tuple[str, str], str] | None = None
+        for place in sorted(self._places):
+            device, begin, end, whole, owner, path = place
+            if before is not None and before[0] == device and owner != before[4]:
+                over = begin < before[2] and whole and before[3]
+                if over or begin == before[1]:
+                    self.problems.append(f"{path}: shares its memory with {before[5]}, they were saved as two arrays")
+            if before is None or before[0] != device or end >= before[2]:
+                before = place
 
 
 def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: int) -> None:
@@ -135,9 +184,10 @@ def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: 
         match = Match(decoder.node)
         for name, state in states.items():
             if name in tree:
-                match.compare(tree[name], state, name)
+                match.compare_part(tree[name], targets[name], state, name)
             else:
                 match.problems.append(f"{name}: nothing of it was saved")
+        match.find_shared()
     if match.problems:
         raise StateMismatchError(match.problems)
     with reader.decoding():
@@ -166,13 +216,21 @@ def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int
         if "$array" in filled.node:
             wanted.setdefault((node["of"], node["$array"]), []).append(filled)
     with ExitStack() as stack:
+        if not reader.verified:
+            for _ in reader.located(nodes, stack):
+                pass  # a file that is missing, or whose head is damaged, is found before anything is changed
         for file, arrays in reader.located(nodes, stack):
-            tasks = [
-                partial(_put, file, arrays[component][key], node, wanted.get((component, key), []), decoder)
-                for (component, key), node in nodes.items()
-                if key in arrays.get(component, {})
-            ]
-            run(tasks, threads, Event())
+            parallel: list[partial[None]] = []
+            alone: list[partial[None]] = []  # on the caller's own stream of the device
+            for (component, key), node in nodes.items():
+                if key in arrays.get(component, {}):
+                    targets = wanted.get((component, key), [])
+                    own = all(filled.memory is not None for filled in targets)
+                    put = partial(_put, file, arrays[component][key], node, targets, decoder)
+                    (parallel if own else alone).append(put)
+            run(parallel, threads, Event())
+            for put in alone:
+                put()
     for filled in match.filled:
         if "$view" in filled.node:  # arrays that overlapped were stored as one
             view = decoder.node(filled.node)
@@ -209,15 +267,30 @@ def _read(file: FileReader, begin: int, end: int) -> memoryview:
 
 def assign(state: Any, made: Any) -> None:
     """Put the values of ``made`` into the containers of ``state``; arrays that were filled are in both already."""
+    changeable = isinstance(state, (MutableMapping, MutableSequence))
     pairs = made.items() if isinstance(made, Mapping) else enumerate(made)
     for key, value in pairs:
         old = state.get(key) if isinstance(state, Mapping) else state[key] if key < len(state) else None
-        if isinstance(old, (Mapping, list)) and isinstance(value, (Mapping, list)) and old:
+        inside = isinstance(old, (MutableMapping, list)) and isinstance(value, (Mapping, list))
+        if (inside and old) or (not changeable and isinstance(old, (Mapping, list, tuple))):
             assign(old, value)
-        elif isinstance(state, MutableMapping) or (isinstance(state, MutableSequence) and key < len(state)):
+        elif isinstance(state, MutableMapping) or (changeable and key < len(state)):
             state[key] = value
-        elif isinstance(state, MutableSequence):
+        elif changeable:
             state.append(value)
+    if isinstance(state, MutableSequence):
+        del state[len(made) :]
+
+
+def _is_sequence(tree: Any) -> bool:
+    return isinstance(tree, list) or (isinstance(tree, dict) and "$tuple" in tree)
+
+
+def _kind_of(tree: Any) -> str:
+    if children(tree) is None:
+        return "a value"
+    what = "list" if _is_sequence(tree) else "dict"
+    return f"a {what} of arrays" if _has_arrays(tree) else f"a {what}"
 
 
 def _described(value: object) -> HostArray | None:
@@ -229,7 +302,13 @@ def _described(value: object) -> HostArray | None:
 
 
 def _overlaps_itself(layout: Layout) -> bool:
-    return any(length > 1 and stride == 0 for length, stride in zip(layout.shape, layout.strides))
+    reach = 1  # elements that the dimensions of smaller strides cover
+    for step, length in sorted(zip(layout.strides, layout.shape)):
+        if length > 1:
+            if step < reach:
+                return True
+            reach += (length - 1) * step
+    return False
 
 
 def _own_memory(array: HostArray) -> memoryview | None:

@@ -109,6 +109,10 @@ class ManagerLifecycle(CheckpointLoading):
             elif signals is not None:
                 signals.stop()
 
+    def _must_save(self) -> bool:
+        """Whether the state must be saved now, as a signal came, whatever failed before; close() will raise that."""
+        return self._signals is not None and self._signals.may_end()
+
     def _end(self, checkpoint_id: str) -> None:
         """Let the process end by the signal that came, now that ``checkpoint_id`` holds its state."""
         self._queue.wait()

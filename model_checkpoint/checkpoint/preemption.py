@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from operator import index
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 from model_checkpoint.checkpoint.background import end_after_saves
 from model_checkpoint.errors import ConfigurationError, Preempted
@@ -19,6 +20,7 @@ class SignalWatch:
 
     Args:
         signals: their numbers.
+        owner: who acts on what is received; when it is gone, the signals go the way that they went before.
         earlier: the watch that this one takes the place of, with what it received; it is stopped.
 
     Attributes:
@@ -28,12 +30,13 @@ class SignalWatch:
         ConfigurationError: this is not the main thread, or a signal cannot be handled.
     """
 
-    def __init__(self, signals: Iterable[int], earlier: SignalWatch | None = None) -> None:
+    def __init__(self, signals: Iterable[int], owner: object, earlier: SignalWatch | None = None) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigurationError("save_on_signal() must be called in the main thread: Python handles signals there")
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
         self._process, self._stopped = os.getpid(), False
+        self._owner = ref(owner, self._abandoned)
         try:
             for number in dict.fromkeys(map(index, signals)):
                 self._previous[number] = signal.signal(number, self._note)
@@ -46,8 +49,14 @@ class SignalWatch:
             earlier.stop()
             self._previous = {number: self._earlier(number) for number in self._previous}
 
+    def _abandoned(self, _: object) -> None:
+        """The owner is gone, and nobody will act on what came; the handler, which finds that out, is called again."""
+        if self.received is not None and not self._stopped and os.getpid() == self._process:
+            os.kill(os.getpid(), self.received)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._stopped or os.getpid() != self._process:  # from another thread, or this is a child: not ours to note
+        # Stopped by another thread, without an owner, or in a child: not ours to note.
+        if self._stopped or self._owner() is None or os.getpid() != self._process:
             signal.signal(number, self._earlier(number))
             signal.raise_signal(number)
         elif self.received is None:

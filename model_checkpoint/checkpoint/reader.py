@@ -48,6 +48,7 @@ class CheckpointReader:
     Attributes:
         checks: what was found of each file that was read whole, in the form that verification records.
         sound: whether every file read was what was saved: what then fails is the decoding, not the bytes.
+        verified: whether every file was compared with its digest.
     """
 
     def __init__(self, folder: str, manifest: Manifest, verify: bool, threads: int) -> None:
@@ -57,6 +58,7 @@ class CheckpointReader:
         self._threads = threads
         self.checks: list[dict[str, Any]] = []
         self.sound = verify
+        self.verified = False
 
     def load(
         self, components: Collection[str], device: object = None, keys: Sequence[str] | None = None
@@ -174,6 +176,7 @@ class CheckpointReader:
             )
         self.sound = sound and all(file.sha256 is not None for file in self._manifest.files)
         self.checks = [_told(file) for file in self._manifest.files]
+        self.verified = self.sound
         self._verify = False
 
     def _holding(self, nodes: Nodes) -> list[FileEntry]:

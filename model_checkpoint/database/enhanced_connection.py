@@ -7,10 +7,12 @@ import fcntl
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import CO_GENERATOR
-from itertools import chain, cycle
+from itertools import chain, compress, cycle
+from operator import attrgetter, methodcaller
 from types import FrameType
 from typing import Any
 from weakref import WeakMethod
@@ -38,6 +40,7 @@ _GONE = (
     "Put it back, or close this and open it again"
 )
 _CONTEXTLIB = {contextlib._GeneratorContextManager.__enter__.__code__, contextlib.ExitStack.enter_context.__code__}
+_ACQUIRE, _RELEASE, _LOCK = methodcaller("acquire"), methodcaller("release"), attrgetter("lock")
 _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
 
 
@@ -113,15 +116,15 @@ class EnhancedDatabaseConnection:
         """
         inside = self._inside()  # a fork within a transaction: that connection stays
         for slot in self._slots():
-            slot.lock.acquire()
-            self._resting.append(slot)
+            # Taken and noted in one call of C, or a Ctrl-C between the two would leave the lock taken for good.
+            self._resting.extend(compress([slot], map(_ACQUIRE, [slot.lock])))
             if not self._dialect.in_memory and not (inside and slot is self._writer):
                 self._close_slot(slot)
 
     def after_fork_in_parent(self) -> None:
         """Go on; connections are opened again when they are needed."""
         while self._resting:
-            self._resting.pop().lock.release()
+            deque(map(_RELEASE, map(_LOCK, map(self._resting.pop, [-1]))), maxlen=0)  # in one call of C, too
 
     def after_fork_in_child(self) -> None:
         """Start afresh; a database in memory is copied with the process."""
@@ -169,13 +172,14 @@ class EnhancedDatabaseConnection:
             return
         while self._writer.lock._is_owned():  # type: ignore[attr-defined]
             self._writer.lock.release()  # left by an interrupt
-        self._writer.lock.acquire()
-        mine = self._running = object()
-        self._block = sys._getframe(1)
-        # Not contextlib's frames, and not those of other context managers around this one: they come and go.
-        while self._block and (self._block.f_code.co_flags & CO_GENERATOR or self._block.f_code in _CONTEXTLIB):
-            self._block = self._block.f_back
+        mine = object()
         try:
+            self._writer.lock.acquire()
+            self._running = mine
+            self._block = sys._getframe(1)
+            # Not contextlib's frames, and not those of other context managers around this one: they come and go.
+            while self._block and (self._block.f_code.co_flags & CO_GENERATOR or self._block.f_code in _CONTEXTLIB):
+                self._block = self._block.f_back
             connection = self._writer.connection or self._open(self._writer)
             path = self._dialect.path
             if connection.inode and not (os.path.exists(path) and os.stat(path).st_ino == connection.inode):
@@ -194,6 +198,8 @@ class EnhancedDatabaseConnection:
         finally:
             if self._running is mine:  # otherwise an interrupt came in the way, and a later transaction tidied up
                 self._end()
+            elif self._running is None and self._writer.lock._is_owned():  # type: ignore[attr-defined]
+                self._writer.lock.release()  # an interrupt came right after it was taken
 
     def _end(self) -> None:
         connection = self._writer.connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from threading import Event, Thread, current_thread, main_thread
+from threading import Event, Thread, current_thread
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -22,8 +22,6 @@ def default_threads() -> int:
 
 def start(thread: Thread) -> bool:
     """Start a thread; returns whether that was possible: not when there are too many, or the interpreter ends."""
-    if not main_thread().is_alive():
-        return False  # the interpreter has waited for the threads that there were, and would not for this one
     try:
         thread.start()
     except RuntimeError:

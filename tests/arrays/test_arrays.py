@@ -440,3 +440,32 @@ class TestLoadingWithoutTheLibrary:
         assert told["error"] == "MissingDependencyError"
         assert "pip install zstandard (the extra [zstd]" in told["text"]
         assert told["status"] == "committed"
+
+
+class TestMemoryThatIsNotThere:
+    @needs_torch
+    def test_a_tensor_whose_storage_was_freed_or_shrunk_is_refused(self) -> None:
+        freed, shrunk = torch.ones(1000), torch.ones(1000)
+        inside, gaps, part = shrunk[10:20], shrunk[::2], shrunk[15:25]
+        freed.untyped_storage().resize_(0)
+        shrunk.untyped_storage().resize_(80)
+        for tensor in (freed, shrunk, torch._efficientzerotensor(4), gaps, part):
+            with pytest.raises(ValueError, match="its memory was freed, or was never there"):
+                host(tensor)
+        assert bytes(host(inside).data) == raw_bytes(torch.ones(10))
+
+    def test_subclasses_of_bytes_are_bytes_whatever_they_are_called(self) -> None:
+        for base in (bytes, bytearray):
+            for name in ("Mine", "torch", "numpy"):
+                found = host(type(name, (base,), {})(b"abc"))
+                assert (found.kind, from_host(found)) == (base.__name__, b"abc")
+
+    @needs_numpy
+    def test_describing_an_array_with_gaps_copies_nothing(self) -> None:
+        for gaps in (np.ones((64, 64))[:, ::2], np.ones(64)[::-1], np.ones((8, 8)).T):
+            adapter = adapter_for(type(gaps))
+            assert adapter is not None
+            found, whole = adapter.describe(gaps), host(gaps)
+            assert found is not None
+            assert found.data.nbytes == 0
+            assert (found.dtype, found.shape, found.identity) == (whole.dtype, whole.shape, whole.identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -19,6 +20,7 @@ import pytest
 from helpers_storage import exact, needs_torch, needs_zstandard, np, torch
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, register_storage_backend
+from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.storage.safetensors_backend import SafeTensorsBackend
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, SaveFailedError
 from model_checkpoint.hooks import HookContext, HookEvent
@@ -457,3 +459,63 @@ def test_a_thread_that_dies_of_its_logging_leaves_nobody_waiting(make: Make, gat
     with pytest.raises(SaveFailedError, match=failed):
         manager.wait()
     assert epochs(manager) == [2]
+
+
+def test_a_thread_that_found_nothing_to_do_leaves_the_next_save_to_the_thread_that_took_it(
+    make: Make, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first thread loses the processor between finding nothing and leaving, when a second one has a save."""
+    manager = make(max_pending_saves=2)
+    held, go_on, wait_until = threading.Event(), threading.Event(), SaveQueue._wait_until
+
+    def slow(self: SaveQueue, condition: Callable[[], bool], timeout: float | None = None) -> bool:
+        found = wait_until(self, condition, timeout)
+        if threading.current_thread().name == "checkpoint saves" and not self.jobs and not held.is_set():
+            held.set()
+            assert go_on.wait(DEADLINE)
+        return found
+
+    monkeypatch.setattr(SaveQueue, "_wait_until", slow)
+    manager.save_checkpoint(state_of(1), epoch=1)
+    assert held.wait(DEADLINE)
+    (first,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint saves"]
+    gate.opened.clear()
+    gate.reached.clear()
+    second = manager.save_checkpoint(state_of(2), epoch=2)
+    assert gate.reached.wait(DEADLINE)
+    go_on.set()
+    first.join(DEADLINE)
+    assert not first.is_alive()
+    gate.opened.set()
+    for epoch in (3, 4):
+        manager.save_checkpoint(state_of(epoch), epoch=epoch)
+    assert manager.wait()
+    assert epochs(manager) == [1, 2, 3, 4]
+    assert manager.load_checkpoint(second)["model_state_dict"] == state_of(2)
+
+
+def test_a_blocking_save_that_waited_for_one_that_failed_says_so_and_saves_nothing(make: Make, gate: Gate) -> None:
+    manager = make()
+    gate.opened.clear()
+    failed = manager.save_checkpoint(state_of(1), epoch=1)
+    assert gate.reached.wait(DEADLINE)
+    gate.error = OSError(28, "No space left on device")
+    manager.register_hook("mend", lambda _: setattr(gate, "error", None), [HookEvent.ON_CHECKPOINT_SAVE_FAILED])
+    manager.register_hook("open", lambda _: gate.opened.set(), [HookEvent.BEFORE_CHECKPOINT_SAVE])
+    with pytest.raises(SaveFailedError, match=failed):
+        manager.save_checkpoint(state_of(2), epoch=2, blocking=True)
+    assert epochs(manager) == []
+    manager.save_checkpoint(state_of(3), epoch=3, blocking=True)
+    assert epochs(manager) == [3]
+
+
+def test_polling_leaves_nothing_behind(make: Make, gate: Gate) -> None:
+    manager = make()
+    gate.opened.clear()
+    manager.save_checkpoint(state_of(1))
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(500):
+        assert not manager.wait(timeout=0)
+    gc.collect()
+    assert len(gc.get_objects()) < before + 250

@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -350,3 +351,94 @@ def test_what_cannot_be_changed_and_is_in_a_tuple_is_refused(store: Store) -> No
     store.manager.load_into(inside, checkpoint_id=saved)
     assert inside == {"pair": (b"new", array("d", [1.0]))}
     assert inside["pair"][1] is target[1]
+
+
+A, B = array("d", [1.0]), array("d", [2.0])
+
+
+@pytest.mark.parametrize(
+    ("saved", "target", "problem"),
+    [
+        ({"w": A, "hist": [1, 2]}, lambda w: {"w": w, "hist": [9, 9, 9, 9]}, "model.hist.2: is there, was not saved"),
+        ({"w": A, "a": 1}, lambda w: {"w": w, "b": 2}, "model.b: is there, was not saved"),
+        ({"w": A, "c": {"a": 1}}, lambda w: {"w": w, "c": ["x"]}, "model.c: a dict was saved, there is a list"),
+        ({"w": A, "c": 1.0}, lambda w: {"w": w, "c": array("d", [9.0])}, "model.c: no array was saved"),
+        ({"w": A, "c": None}, lambda w: {"w": w, "c": {"a": array("d", [9.0])}}, "model.c: no array was saved"),
+        ((A, [B]), lambda w: (w, []), "model.1.0: was saved, there is no place for it"),
+        ((A, (B,)), lambda w: (w, ()), "model.1.0: was saved, there is no place for it"),
+        ({"w": A}, lambda w: [w], "model: a dict of arrays was saved, there is a list"),
+        ({"w": 1}, lambda w: "abc", "model: a str cannot be filled"),
+        ({"w": A}, lambda w: 5, "model: a int cannot be filled"),
+    ],
+)
+def test_what_plain_objects_cannot_take_is_refused_and_nothing_is_changed(
+    store: Store, saved: Any, target: Any, problem: str
+) -> None:
+    first = array("d", [9.0])
+    made = target(first)
+    with pytest.raises(StateMismatchError, match=problem):
+        store.manager.load_into(made, checkpoint_id=store.save(saved))
+    assert first[0] == 9.0
+    assert made == target(first)
+
+
+def test_values_inside_tuples_of_tuples_and_behind_mappings_are_filled(store: Store) -> None:
+    inner = {"lr": 0.9, "w": array("d", [9.0])}
+    store.manager.load_into(((inner,),), checkpoint_id=store.save((({"lr": 0.1, "w": A},),)))
+    assert inner == {"lr": 0.1, "w": A}
+    outer: dict[str, Any] = {"c": MappingProxyType({"lr": 0.9, "w": array("d", [9.0])})}
+    store.manager.load_into(outer, checkpoint_id=store.save({"c": {"lr": 0.1, "w": A}}))
+    assert dict(outer["c"]) == {"lr": 0.1, "w": A}
+
+
+@needs_torch
+def test_targets_that_overlap_and_did_not_when_saved_are_refused(store: Store) -> None:
+    saved = store.save({"flat": torch.arange(6.0), "w": torch.zeros(2)})
+    flat = torch.zeros(6)
+    with pytest.raises(StateMismatchError, match=r"model\.w: shares its memory with model\.flat"):
+        store.manager.load_into({"flat": flat, "w": flat[2:4]}, checkpoint_id=saved)
+    saved = store.save({"w": torch.arange(6.0).reshape(3, 2)})
+    with pytest.raises(StateMismatchError, match="several of its elements are one place"):
+        store.manager.load_into({"w": flat[:4].as_strided((3, 2), (1, 1))}, checkpoint_id=saved)
+    assert flat.tolist() == [0.0] * 6
+    columns = store.save({"a": torch.arange(3.0), "b": torch.arange(10.0, 13.0)})
+    matrix = torch.zeros(3, 2)
+    store.manager.load_into({"a": matrix[:, 0], "b": matrix[:, 1]}, checkpoint_id=columns)
+    assert matrix.tolist() == [[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]]
+
+
+@needs_torch
+def test_a_model_with_a_part_that_was_not_saved_is_refused_before_it_is_changed(store: Store) -> None:
+    class Counting(torch.nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"count": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError("never")
+
+    plain, counting = torch.nn.Linear(2, 2), Counting(2, 2)
+    before = counting.weight.clone()
+    with pytest.raises(StateMismatchError, match=r"model\._extra_state: is there, was not saved"):
+        store.manager.load_into(counting, checkpoint_id=store.save(plain))
+    assert torch.equal(counting.weight, before)
+
+
+def test_an_object_that_cannot_be_given_a_state_is_refused(store: Store) -> None:
+    class OneWay:
+        def state_dict(self) -> Any:
+            return {"w": array("d", [9.0])}
+
+    with pytest.raises(StateMismatchError, match="OneWay has state_dict\\(\\) and no load_state_dict"):
+        store.manager.load_into(OneWay(), checkpoint_id=store.save({"w": A}))
+
+
+@pytest.mark.parametrize("harm", ["missing", "head"])
+def test_without_verification_a_bad_second_file_is_found_before_the_first_is_used(store: Store, harm: str) -> None:
+    saved = store.save({"a": array("d", [1.0]) * 600}, {"b": array("d", [2.0]) * 600})
+    (path,) = Path(store.manager.checkpoint_dir).glob(f"*/{saved}/optimizer.safetensors")
+    content = path.read_bytes()
+    path.unlink() if harm == "missing" else path.write_bytes(content[:8] + b"[" + content[9:])
+    model, optimizer = {"a": array("d", [9.0]) * 600}, {"b": array("d", [9.0]) * 600}
+    with pytest.raises(IntegrityError):
+        store.manager.load_into(model, optimizer, checkpoint_id=saved, verify_integrity=False)
+    assert set(model["a"]) == {9.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -372,3 +373,27 @@ def test_a_state_function_that_returns_nonsense_is_named_and_may_be_replaced(
     with pytest.raises(Preempted):
         manager.safe_point()
     assert types(manager) == ["preempted"]
+
+
+@pytest.mark.parametrize("when", ["before it is gone", "after"])
+def test_a_manager_that_is_gone_leaves_no_handler_that_swallows_signals(
+    tracker: ExperimentTracker, tmp_path: Path, when: str
+) -> None:
+    called: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: called.append(number))
+    try:
+        dropped = EnhancedCheckpointManager(tracker, tmp_path / "c")
+        dropped.save_on_signal(wanted)
+        if when == "before it is gone":
+            signal.raise_signal(signal.SIGUSR1)
+            assert called == []
+        del dropped
+        gc.collect()
+        if when == "after":
+            signal.raise_signal(signal.SIGUSR1)
+        assert called == [signal.SIGUSR1]
+        signal.raise_signal(signal.SIGUSR1)
+        assert called == [signal.SIGUSR1] * 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

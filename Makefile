@@ -19,8 +19,8 @@ test: lint ## lint, then the fast tests, then the slow ones
 	$(MEMORY) $(BIN)/python -m pytest -n auto -m "not slow"
 	$(BIN)/python -m pytest -n auto -m slow
 
-torture: $(VENV)/.dev ## the fault tests in their long form: kills, power loss, failing disks, bit rot, races (hours)
-	$(BIN)/python -m pytest --torture -rs tests/faults tests/test_crash.py
+torture: $(VENV)/.dev ## the fault tests in their long form: kills, power loss, failing disks, bit rot, races (an hour on two cores)
+	$(BIN)/python -m pytest -n auto --torture -rs tests/faults tests/test_crash.py
 
 lint: $(VENV)/.dev ## ruff, mypy and the import contracts
 	$(BIN)/ruff check

@@ -59,7 +59,7 @@ class ArrayAdapter(Protocol):
         """
 
     def describe(self, value: object) -> HostArray | None:
-        """Return what ``to_host`` returns, but copy nothing: where it would have to, ``data`` is empty.
+        """Return what ``to_host`` returns, but copy nothing: where it might have to, ``data`` is empty.
 
         Raises:
             ValueError: as from ``to_host``.

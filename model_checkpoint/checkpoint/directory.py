@@ -31,8 +31,8 @@ from model_checkpoint.errors import ConfigurationError, LockTimeoutError, Storag
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
 from model_checkpoint.integrity.sha256 import CHUNK
 from model_checkpoint.integrity.writing import FileSink, write_bytes, write_file
+from model_checkpoint.utils.folders import id_folders, make_again, refuse_links
 from model_checkpoint.utils.fork import watch
-from model_checkpoint.utils.names import is_id
 from model_checkpoint.utils.parallel import run
 
 _COPY_PATIENCE = 10.0  # seconds to wait for the exclusive lock of a directory that turns out to be a copy
@@ -74,7 +74,7 @@ class CheckpointDirectory:
             lasting = self.path
             while not os.path.exists(lasting):
                 lasting = os.path.dirname(lasting)
-            _refuse_links(self._engine, self._staging, self._trash)
+            refuse_links(self._engine, self._staging, self._trash)
             for folder in (self._staging, self._trash):
                 os.makedirs(folder, exist_ok=True)
             self.store_id = identify(self._engine)
@@ -139,6 +139,7 @@ class CheckpointDirectory:
 
         Raises:
             LockTimeoutError: others held it for ``timeout`` seconds.
+            StorageError: a folder of the engine is missing and cannot be made.
         """
         deadline = time.monotonic() + timeout
         lock = self._open_lock()
@@ -156,6 +157,7 @@ class CheckpointDirectory:
                     else:  # it is a long save: let others begin beside it
                         fcntl.flock(turn, fcntl.LOCK_UN)
                     time.sleep(_LOCK_POLL)
+            make_again(self._staging, self._trash)
             return lock
         except BaseException:
             lock.close()
@@ -235,7 +237,7 @@ class CheckpointDirectory:
         target = os.path.join(self.path, experiment_id, checkpoint_id)
         try:
             if os.path.islink(self._staging) or os.path.islink(os.path.dirname(target)):
-                _refuse_links(self._staging, os.path.dirname(target))
+                refuse_links(self._staging, os.path.dirname(target))
             os.mkdir(staging)
             entries = _write_all(staging, planned, codec, hashed, threads)
             manifest, digest = manifest_of(entries)
@@ -268,17 +270,17 @@ class CheckpointDirectory:
         """Return (experiment id, checkpoint id) of every folder that is named and placed like a checkpoint."""
         return [
             (experiment, checkpoint)
-            for experiment in _folders(self.path)
-            for checkpoint in _folders(os.path.join(self.path, experiment))
+            for experiment in id_folders(self.path)
+            for checkpoint in id_folders(os.path.join(self.path, experiment))
         ]
 
     def staged(self) -> list[str]:
         """Return the ids of unfinished checkpoints."""
-        return _folders(self._staging)
+        return id_folders(self._staging)
 
     def discard_staged(self, checkpoint_id: str) -> None:
         """Remove an unfinished checkpoint whose writer is dead; the caller holds ``exclusive()``."""
-        _refuse_links(self._engine, self._staging)
+        refuse_links(self._engine, self._staging)
         shutil.rmtree(os.path.join(self._staging, checkpoint_id))
 
     def trash(self, experiment_id: str, checkpoint_id: str) -> None:
@@ -293,7 +295,7 @@ class CheckpointDirectory:
         return os.path.isdir(target)
 
     def _move(self, source: str, target: str) -> None:
-        _refuse_links(self._engine, os.path.dirname(source), os.path.dirname(target))
+        refuse_links(self._engine, os.path.dirname(source), os.path.dirname(target))
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(source, target)
@@ -315,11 +317,11 @@ class CheckpointDirectory:
 
     def in_trash(self) -> list[str]:
         """Return the ids of what is in the trash."""
-        return _folders(self._trash)
+        return id_folders(self._trash)
 
     def unlink_trashed(self, checkpoint_id: str) -> None:
         """Remove a checkpoint in the trash for good."""
-        _refuse_links(self._engine, self._trash)
+        refuse_links(self._engine, self._trash)
         shutil.rmtree(self.trash_folder(checkpoint_id), ignore_errors=True)
 
 
@@ -372,25 +374,9 @@ def _try_lock(lock: FileIO, kind: int) -> bool:
         return False
 
 
-def _refuse_links(*folders: str) -> None:
-    """Raise StorageError if a link stands in the place of a folder of ours: what lies behind it is not ours."""
-    for folder in folders:
-        if os.path.islink(folder):
-            cause = OSError(errno.ELOOP, "a link stands in its place")
-            raise StorageError(
-                "use a folder of the checkpoint directory", folder, cause, "move the folder itself there"
-            )
-
-
 def _sync_folder(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _folders(path: str) -> list[str]:
-    """Return the names of the real folders in ``path`` that are ids; links and everything else are not ours."""
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if is_id(entry.name) and entry.is_dir(follow_symlinks=False))

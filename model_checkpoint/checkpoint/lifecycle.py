@@ -52,7 +52,8 @@ class ManagerLifecycle(CheckpointLoading):
             timeout: seconds, from 0; None waits for as long as it takes.
 
         Returns:
-            True; False when ``timeout`` went by before they were.
+            True; False when ``timeout`` went by before they were, and in a hook of a background save, where nothing can
+            become durable meanwhile.
 
         Raises:
             SaveFailedError: it failed (for None: one of them did), and nobody was told yet.

@@ -112,7 +112,8 @@ class CheckpointLoading(CheckpointRemoval):
     ) -> dict[str, Any]:
         """Load a checkpoint into objects that exist, without a second copy of the state in memory.
 
-        Keys, shapes and dtypes are compared and every byte is verified before anything is changed.
+        Keys, shapes and dtypes are compared and every byte is verified before anything is changed. Keys without arrays
+        are compared in plain objects, and the first of a model's; an optimizer's are its ``load_state_dict``'s.
 
         Args:
             model, optimizer, scheduler: what to fill; None leaves it out. Anything with ``state_dict()`` and
@@ -129,6 +130,8 @@ class CheckpointLoading(CheckpointRemoval):
             ConfigurationError: no object is given.
             ExperimentNotFoundError, CheckpointNotFoundError, UnknownCheckpointTypeError, IntegrityError, HookVetoError,
             MissingDependencyError, SaveFailedError: as from ``load_checkpoint``; nothing was changed.
+            StorageError: the disk failed. If it does so after the verification, the objects are filled in part; so they
+                are when a ``load_state_dict`` raises an error of its own.
         """
         started = time.perf_counter()
         self._settle()

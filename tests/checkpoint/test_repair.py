@@ -21,6 +21,7 @@ from model_checkpoint.errors import (
     ConfigurationError,
     IntegrityError,
     LockTimeoutError,
+    StorageError,
     UnknownCheckpointTypeError,
 )
 from model_checkpoint.hooks import HookContext, HookEvent
@@ -345,3 +346,23 @@ def test_the_next_one_is_taken_when_what_would_be_loaded_in_place_is_deleted_mea
     loaded = store.manager.load_checkpoint(on_corruption="fallback")
     assert loaded["model_state_dict"] == state_of(2)
     assert loaded["_checkpoint_metadata"]["fallback_from"] == [ids[3]]
+
+
+@pytest.mark.parametrize("name", ["trash", "staging"])
+def test_folders_of_the_engine_that_were_removed_to_gain_space_are_made_again(store: Store, name: str) -> None:
+    first, second, third, _ = save_four(store)
+    store.manager.delete_checkpoint(first)
+    calls: list[Callable[[], object]] = [
+        store.manager.recover,
+        store.manager.rebuild_index,
+        store.manager.empty_trash,
+        lambda: store.manager.delete_checkpoint(second),
+    ]
+    for call in calls:
+        shutil.rmtree(store.folder / ".engine" / name)
+        call()
+    assert store.manager.load_checkpoint(third)["epoch"] == 3
+    shutil.rmtree(store.folder / ".engine" / name)
+    (store.folder / ".engine" / name).write_text("in the way")
+    with pytest.raises(StorageError, match="move away what stands in its place"):
+        store.manager.recover()

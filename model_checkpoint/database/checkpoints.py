@@ -218,8 +218,8 @@ class CheckpointTable:
     def home(self, checkpoint_id: str) -> tuple[str, str, str] | None:
         """Return store id, folder and status under which the database has a checkpoint, of whatever store, or None."""
         rows = self._db.query(
-            "SELECT c.store_id, s.path, c.experiment_id, c.status FROM checkpoints c "
-            "JOIN stores s ON s.id = c.store_id WHERE c.id = :id",
+            "SELECT c.store_id, COALESCE(s.path, ''), c.experiment_id, c.status FROM checkpoints c "
+            "LEFT JOIN stores s ON s.id = c.store_id WHERE c.id = :id",
             {"id": checkpoint_id},
         )
         return (rows[0][0], os.path.join(*rows[0][1:3], checkpoint_id), rows[0][3]) if rows else None

@@ -436,14 +436,19 @@ def test_options_of_another_kind_are_refused_by_name(make: Make, option: dict[st
         make(**option)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_of_its_logging_leaves_nobody_waiting(make: Make, gate: Gate) -> None:
+def test_a_thread_that_dies_of_its_logging_leaves_nobody_waiting(
+    make: Make, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manager = make(max_pending_saves=3)
-    logger, died = logging.getLogger("model_checkpoint.checkpoint.background"), threading.Event()
+    logger, died, dead = logging.getLogger("model_checkpoint.checkpoint.background"), threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", lambda hook: dead.append(str(hook.exc_value)))
 
     def refuse(record: logging.LogRecord) -> bool:
+        dying.append(threading.current_thread())
         died.set()
         raise RuntimeError("a filter of the user's")
+
+    dying: list[threading.Thread] = []
 
     gate.opened.clear()
     failed, sound = manager.save_checkpoint(state_of(1)), manager.save_checkpoint(state_of(2), epoch=2)
@@ -454,8 +459,10 @@ def test_a_thread_that_dies_of_its_logging_leaves_nobody_waiting(make: Make, gat
         gate.opened.set()
         assert died.wait(DEADLINE)
         assert manager._queue.wait([sound], DEADLINE)
+        dying[0].join(DEADLINE)
     finally:
         logger.removeFilter(refuse)
+    assert dead == ["a filter of the user's"]
     with pytest.raises(SaveFailedError, match=failed):
         manager.wait()
     assert epochs(manager) == [2]

@@ -366,3 +366,12 @@ def test_folders_of_the_engine_that_were_removed_to_gain_space_are_made_again(st
     (store.folder / ".engine" / name).write_text("in the way")
     with pytest.raises(StorageError, match="move away what stands in its place"):
         store.manager.recover()
+
+
+def test_a_row_whose_directory_the_database_does_not_know_comes_back_to_the_one_where_it_lies(store: Store) -> None:
+    ids = save_four(store)
+    sql(store, f"UPDATE checkpoints SET store_id = 'garbage' WHERE id = '{ids[1]}'")
+    assert [row["checkpoint_id"] for row in store.manager.list_checkpoints()] == [ids[0], *ids[2:]]
+    assert ids[1] in store.manager.rebuild_index().adopted
+    assert [row["checkpoint_id"] for row in store.manager.list_checkpoints()] == ids
+    assert store.manager.load_checkpoint(ids[1])["epoch"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,6 +26,15 @@ def test_results_come_in_the_order_of_the_tasks_and_each_runs_once() -> None:
     assert run([], 4, threading.Event()) == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal; a process in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_two_interrupts_while_a_helper_works_wait_until_it_is_done() -> None:
     """Thread.join takes a running thread for ended after an interrupt, until Python 3.13."""
     stop, returned, both = threading.Event(), threading.Event(), threading.Barrier(2)

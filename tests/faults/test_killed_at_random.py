@@ -232,10 +232,11 @@ def test_kills_amid_a_migration_leave_the_old_or_the_new_database_whole(
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     known = schema.latest_version()
     versions: list[int] = []
+    longest = 0.12  # seconds; it follows how long a migration takes here and now, so that kills come before and after
     for number in range(kills):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "old", folder)
-        words = run_and_kill(folder, run.experiment, "migration", 0, chance.uniform(0.0, 0.12))
+        words = run_and_kill(folder, run.experiment, "migration", 0, chance.uniform(0.0, longest))
         with contextlib.closing(sqlite3.connect(folder / "e.db", timeout=30)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             (version,) = connection.execute("SELECT MAX(number) FROM migrations").fetchone()
@@ -245,6 +246,7 @@ def test_kills_amid_a_migration_leave_the_old_or_the_new_database_whole(
             assert connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'wider'").fetchall() == []
         assert version in ((known + 1,) if ["migrated"] in words else (known, known + 1))
         versions.append(version)
+        longest *= 1.25 if version == known else 0.9
         with monkeypatch.context() as patch:
             patch.setattr(schema, "_MIGRATIONS", [*schema._MIGRATIONS, widen])
             database = EnhancedDatabaseConnection(f"sqlite:///{folder}/e.db")

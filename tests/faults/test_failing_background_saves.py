@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,17 @@ def test_no_end_of_the_process_loses_a_save_that_is_pending(end: str, tmp_path: 
                 manager.verify_experiment_integrity(rows and manager.list_checkpoints()[0]["experiment_id"])["failed"]
                 == 0
             )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a process 1 of one's own needs root")
+def test_the_first_process_of_a_container_saves_and_ends_at_sigterm(tmp_path: Path) -> None:
+    """The kernel does not end process 1 by a signal that it does not handle."""
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", CHILD, str(tmp_path), "SIGTERM"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE / 4)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    with EnhancedCheckpointManager(None, tmp_path / "c", database_url=f"sqlite:///{tmp_path}/e.db") as manager:
+        assert [row["checkpoint_id"] for row in manager.list_checkpoints()] == done.stdout.split()
 
 
 INTERRUPTED = """

@@ -40,10 +40,8 @@ class NumpyAdapter:
 
         if not isinstance(value, np.ndarray) or value.flags.c_contiguous:
             return self.to_host(value)
-        first = np.lib.stride_tricks.as_strided(
-            value, (0,) * value.ndim, subok=True
-        )  # no element, so nothing is copied
-        described = self.to_host(first)
+        empty = np.lib.stride_tricks.as_strided(value, (0,) * value.ndim, subok=True)  # nothing of it can be copied
+        described = self.to_host(empty)
         return None if described is None else described._replace(shape=value.shape, identity=_layout(value))
 
     def settle(self) -> None:

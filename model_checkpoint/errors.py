@@ -99,12 +99,18 @@ class StorageError(ModelCheckpointError, OSError):
 
 
 class SaveFailedError(ModelCheckpointError, RuntimeError):
-    """A save in the background failed; the failure itself is the ``__cause__``. That checkpoint does not exist."""
+    """A save in the background failed; the failure itself is the ``__cause__``.
+
+    That checkpoint does not exist, unless what stopped it, such as a KeyboardInterrupt, came after its commit.
+    """
 
     def __init__(self, checkpoint_id: str, cause: BaseException) -> None:
+        gone = "that checkpoint does not exist"
+        if not isinstance(cause, Exception):
+            gone = "that checkpoint exists if list_checkpoints() shows it"
         super().__init__(
             f"the background save of checkpoint {checkpoint_id} failed: {type(cause).__name__}: {cause}; "
-            "that checkpoint does not exist, earlier ones are untouched. Mend the cause and save again"
+            f"{gone}, earlier ones are untouched. Mend the cause and save again"
         )
         self.checkpoint_id = checkpoint_id
 

@@ -108,9 +108,12 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_bytes())
     change(content)
     del content["manifest_sha256"]
-    bare = json.dumps(content, indent=1).encode()
-    content["manifest_sha256"] = hashlib.sha256(bare).hexdigest()
-    path.write_bytes(json.dumps(content, indent=1).encode())
+    listed = content.get("files") if isinstance(content.get("files"), list) else [content.get("files")]
+    files = ",\n  ".join(map(json.dumps, listed))
+    fields = [f'"{name}": {json.dumps(value)}' for name, value in content.items() if name != "files"]
+    bare = "{\n " + ",\n ".join([*fields, f'"files": [\n  {files}\n ]'])
+    digest = hashlib.sha256(f"{bare}\n}}".encode()).hexdigest()
+    path.write_text(f'{bare},\n "manifest_sha256": "{digest}"\n}}')
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:

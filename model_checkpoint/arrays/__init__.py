@@ -19,6 +19,7 @@ __all__ = [
     "fill",
     "from_host",
     "settle",
+    "touched",
     "view",
 ]
 
@@ -65,6 +66,13 @@ def fill(target: object, array: HostArray) -> None:
     if adapter is None:
         raise TypeError(f"{type(target).__name__} is no array")
     adapter.fill(target, array)
+
+
+def touched(target: object) -> None:
+    """Tell the library of ``target`` that its memory was written without it."""
+    adapter = adapter_for(type(target))
+    if adapter is not None:
+        adapter.touched(target)
 
 
 def view(base: object, layout: Layout, offset: int) -> object:

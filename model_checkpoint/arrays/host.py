@@ -87,6 +87,9 @@ class ArrayAdapter(Protocol):
             ValueError: it cannot be written.
         """
 
+    def touched(self, target: object) -> None:
+        """Note that the memory of ``target`` was written without its library, which may count its changes."""
+
     def view(self, base: object, layout: Layout, offset: int) -> object:
         """Return the part of ``base`` (one of this library's 1-D arrays) that ``layout`` describes, sharing its memory.
 

@@ -57,5 +57,8 @@ class JaxAdapter:
     def fill(self, target: object, array: HostArray) -> None:
         raise ValueError("a JAX array cannot be changed")
 
+    def touched(self, target: object) -> None:
+        """Nobody counts its changes."""
+
     def view(self, base: object, layout: Layout, offset: int) -> object:
         raise TypeError("JAX arrays do not share memory")

@@ -71,6 +71,9 @@ class PlainAdapter:
         if flat.nbytes:
             flat.cast("B")[:] = array.data
 
+    def touched(self, target: object) -> None:
+        """Nobody counts its changes."""
+
     def view(self, base: object, layout: Layout, offset: int) -> object:
         if not isinstance(base, memoryview):
             raise TypeError(f"{type(base).__name__} has no strided views")

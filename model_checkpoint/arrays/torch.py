@@ -82,6 +82,12 @@ class TorchAdapter:
     def fill(self, target: object, array: HostArray) -> None:
         target.detach().copy_(self.from_host(array))  # type: ignore[attr-defined]
 
+    def touched(self, target: object) -> None:
+        import torch
+
+        if isinstance(target, torch.Tensor) and not target.is_inference():  # autograd would use the new values unseen
+            torch.autograd.graph.increment_version(target)
+
     def view(self, base: object, layout: Layout, offset: int) -> object:
         torch = require("torch", "torch", "loading a torch tensor")
         return torch.as_strided(base, layout.shape, layout.strides, offset)
@@ -134,11 +140,7 @@ def _tensor(torch: Any, array: HostArray) -> torch.Tensor:
     data: Any = array.data
     if data.nbytes == 0:
         return torch.empty(array.shape, dtype=dtype)  # type: ignore[no-any-return]
-    if data.readonly or _address(data) % dtype.itemsize:
-        data = bytearray(data)  # torch wants writable memory on the element's own boundary
-    flat = torch.frombuffer(data, dtype=torch.uint8)
-    return flat.view(dtype).reshape(array.shape)  # type: ignore[no-any-return]
-
-
-def _address(data: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_ubyte.from_buffer(data))
+    flat = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype)  # torch wants writable memory,
+    if flat.data_ptr() % dtype.itemsize:
+        flat = torch.frombuffer(bytearray(data), dtype=dtype)  # and on the element's own boundary
+    return flat.view(array.shape)  # type: ignore[no-any-return]

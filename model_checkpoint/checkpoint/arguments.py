@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from model_checkpoint.checkpoint.catalog import NAMED_TYPES
-from model_checkpoint.errors import ConfigurationError, UnsupportedValueError
+from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, UnsupportedValueError
 from model_checkpoint.utils.jsonable import text, to_number
+from model_checkpoint.utils.names import is_id
 
+NAMED_TYPES = ("latest", "best_loss", "best_val_loss", "best_metric", "best:<metric>")
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
@@ -26,9 +27,9 @@ def check_at_least_one(**values: int | None) -> None:
 
 
 def check_flags(**values: object) -> None:
-    """Raise ConfigurationError unless each value is True or False; a text such as "no" would count as True."""
+    """Raise ConfigurationError unless each value is True or False, NumPy's too; a text ("no") would count as True."""
     for name, value in values.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
             raise ConfigurationError(f"{name} must be True or False, not {value!r}")
 
 
@@ -41,6 +42,12 @@ def check_seconds(**values: object) -> None:
             raise ConfigurationError(
                 f"{name} must be seconds from 0 to {threading.TIMEOUT_MAX:.0f}, or None for no limit, not {value!r}"
             )
+
+
+def check_id(checkpoint_id: object) -> None:
+    """Raise CheckpointNotFoundError for what cannot be the id of a checkpoint."""
+    if not is_id(checkpoint_id):
+        raise CheckpointNotFoundError(repr(checkpoint_id), "ids are what save_checkpoint() returned, UUIDs as text")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

@@ -64,6 +64,10 @@ class SaveQueue:
         self._running: str | None = None
         self._worker: threading.Thread | None = None
 
+    def wait_for_room(self) -> None:
+        """Wait until a further save would not have to wait; another thread's may come first all the same."""
+        self._wait_until(lambda: len(self.jobs) < self._limit)
+
     def submit(
         self, checkpoint_id: str, snapshot: Callable[[SnapshotBuffer], Taken], save: Callable[[Taken], object]
     ) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
+from model_checkpoint.checkpoint.arguments import NAMED_TYPES, check_flags, check_id
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.models import CheckpointRecord
@@ -28,8 +29,6 @@ from model_checkpoint.performance import LRUCache
 from model_checkpoint.utils.names import is_id
 
 log = logging.getLogger(__name__)
-
-NAMED_TYPES = ("latest", "best_loss", "best_val_loss", "best_metric", "best:<metric>")
 
 
 class Tracker(Protocol):
@@ -88,6 +87,7 @@ class CheckpointCatalog:
             with metadata also ``loss``, ``val_loss``, ``metrics``, ``config``, ``notes``, ``model_name``, ``backend``
             and ``path``.
         """
+        check_flags(include_metadata=include_metadata)
         experiment_id = experiment_id or self._own_experiment()
         records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
         if checkpoint_type == "latest":
@@ -169,8 +169,7 @@ class CheckpointCatalog:
         return entry[1]
 
     def _record(self, checkpoint_id: str) -> CheckpointRecord:
-        if not is_id(checkpoint_id):
-            raise CheckpointNotFoundError(repr(checkpoint_id), "ids are what save_checkpoint() returned, UUIDs as text")
+        check_id(checkpoint_id)
         record = self._cached(
             ("record", checkpoint_id), lambda: self._db.checkpoints.get(self._directory.store_id, checkpoint_id)
         )

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from io import FileIO
 from operator import attrgetter
-from threading import Event
 from weakref import WeakSet
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
@@ -33,7 +32,7 @@ from model_checkpoint.integrity.sha256 import CHUNK
 from model_checkpoint.integrity.writing import FileSink, write_bytes, write_file
 from model_checkpoint.utils.folders import id_folders, make_again, refuse_links
 from model_checkpoint.utils.fork import watch
-from model_checkpoint.utils.parallel import run
+from model_checkpoint.utils.parallel import Stop, run
 
 _COPY_PATIENCE = 10.0  # seconds to wait for the exclusive lock of a directory that turns out to be a copy
 _LOCK_POLL = 0.02  # seconds between tries for a lock
@@ -332,7 +331,7 @@ def _write_all(
     staging: str, planned: Sequence[PlannedFile], codec: str | None, hashed: bool, threads: int
 ) -> list[FileEntry]:
     """Write the files, the largest first, so that the last ones to end are small; returns them in the order given."""
-    stop = Event()
+    stop = Stop()
     sizes = list(map(_size_of, planned))
     if None not in sizes and sum(sizes) < _WORTH_THREADS:
         entries = []
@@ -345,7 +344,7 @@ def _write_all(
     return [entry for _, entry in sorted(zip(order, written))]
 
 
-def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool, stop: Event) -> FileEntry:
+def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool, stop: Stop) -> FileEntry:
     name = file.name if codec is None else file.name + SUFFIX[codec]
     path = os.path.join(staging, name)
     if codec is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import signal
 import threading
 import time
 import uuid
@@ -20,7 +19,6 @@ from model_checkpoint.checkpoint.arguments import (
     integers,
     label,
     numbers,
-    save_arguments,
 )
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
@@ -32,13 +30,12 @@ from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.reader import STATE_FILE
 from model_checkpoint.checkpoint.recovery import recover
 from model_checkpoint.checkpoint.retention import Protection, RetentionPolicy
-from model_checkpoint.checkpoint.snapshot import SnapshotBuffer
 from model_checkpoint.checkpoint.state import EncodedState, encode
 from model_checkpoint.checkpoint.storage import PlannedFile
 from model_checkpoint.checkpoint.storage import storage_backend as find_backend
 from model_checkpoint.database.checkpoints import details_of
 from model_checkpoint.database.models import CheckpointRecord
-from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
+from model_checkpoint.errors import ExperimentNotFoundError
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.performance import LRUCache
@@ -53,6 +50,8 @@ __all__ = ["EnhancedCheckpointManager"]
 
 log = logging.getLogger(__name__)
 
+_COMPONENTS = ("model", "optimizer", "scheduler", "extra")
+_FLAGS = ("save_optimizer", "save_scheduler", "compute_checksum", "update_best", "blocking")
 _TOTALS = ("saves", "save_seconds", "stall_seconds", "bytes_written", "loads", "load_seconds")
 
 
@@ -231,6 +230,10 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         started = time.perf_counter()
         if type(epoch) is not int or type(step) is not int or (epoch | step) >> 63:  # what is plain needs no check
             epoch, step = integers(epoch=epoch, step=step)
+        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, blocking or False)
+        if {*map(type, flags)} != {bool}:
+            check_flags(**dict(zip(_FLAGS, flags)))
+        background = (self._async if blocking is None else not blocking) and not self._queue.is_worker()
         record = CheckpointRecord(
             id=str(uuid.uuid4()),
             experiment_id=self._experiment_to_save(experiment_id),
@@ -245,34 +248,43 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             model_name=model_name if model_name is None else text(model_name, "model_name"),
             backend=self._backend.name,
             created_at=time.time(),
-            update_best=update_best,
+            update_best=bool(update_best),
         )
-        components = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "extra": extra_state}
-        for name, wanted in (("optimizer", save_optimizer), ("scheduler", save_scheduler), ("extra", True)):
-            if components[name] is None or not wanted:
-                del components[name]
-        state = encode(components)
-        details = details_of(record)
+        if self._queue.jobs:
+            self._take_turn(background)
+        wanted = (model, optimizer if save_optimizer else None, scheduler if save_scheduler else None, extra_state)
+        state, details = encode(dict(zip(_COMPONENTS, wanted))), details_of(record)
         if self.hook_manager is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in self.hook_manager.listening:
             self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
         call = _Call(record, details, self._experiments[record.experiment_id][1], compute_checksum and self._integrity)
-        if (self._async if blocking is None else not blocking) and not self._queue.is_worker():
-            self._submit(call, state)
-            self._count(stall_seconds=time.perf_counter() - started)
+        if background:
+            self._submit(call, state, started)
         else:
-            if self._queue.jobs:  # the order of commits is the order of calls
-                self._queue.wait() if self._must_save() else self._settle()
             self._save(call, state)
         if self._signals is not None and self._signals.may_end() and not getattr(self._inside, "hook", False):
             self._end(record.id)
         return record.id
 
-    def _submit(self, call: _Call, state: EncodedState) -> None:
+    def _take_turn(self, background: bool) -> None:
+        """Wait before the state is looked at: arrays of devices are copied to the host then, which takes memory, too.
+
+        For a save in the background until there is room, for another one until nothing is pending: the order of commits
+        is the order of calls.
+        """
+        if background:
+            self._queue.wait_for_room()
+        elif self._must_save():
+            self._queue.wait()
+        else:
+            self._settle()
+
+    def _submit(self, call: _Call, state: EncodedState, started: float) -> None:
         """Copy the state and hand it to the background."""
         if self._tracker is not None and self._tracker.unflushed:
             self._tracker.flush()
         call = call._replace(position=self._db.experiments.position(call.record.experiment_id))
-        self._queue.submit(call.record.id, partial(_take, state, self._threads), partial(self._save, call))
+        self._queue.submit(call.record.id, lambda buffer: buffer.take(state, self._threads), partial(self._save, call))
+        self._count(stall_seconds=time.perf_counter() - started)
 
     def _save(self, call: _Call, state: EncodedState) -> None:
         """Make a checkpoint of a state that does not change meanwhile, in whatever thread."""
@@ -339,6 +351,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             raise ExperimentNotFoundError(
                 "No experiment_id provided and the manager has no experiment_tracker; pass one of them"
             )
+        if type(experiment_id) is not str:
+            raise ExperimentNotFoundError(f"experiment {experiment_id!r} is not in {self._db!r}: ids are UUIDs as text")
         version = 0 if tracker is None else tracker.version
         known = self._experiments.get(experiment_id)
         if known is None or known[0] != version:
@@ -353,43 +367,6 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             )
         names = ("id", "name", "project", "parent_id", "created_at", "config", "metadata", "tags")
         return {name: escape(getattr(found, name)) for name in names}
-
-    def save_on_signal(
-        self, state: Callable[[], Mapping[str, Any]], signals: Collection[int] = (signal.SIGTERM, signal.SIGUSR1)
-    ) -> None:
-        """Save when the process is told to end, once, where training says that its state is whole; then let it end.
-
-        A signal is only noted. At the next ``safe_point()``, or ``save_checkpoint()``, which is one too, the state is
-        saved, and the process goes the way that the signal would have sent it: an earlier Python handler is called;
-        where there was none, ``Preempted`` (a SystemExit with status 128 + the signal) unwinds the program; a signal
-        that was ignored is ignored again. Call this again to replace ``state``; ``close`` ends it.
-
-        Args:
-            state: called at the safe point; returns the arguments of ``save_checkpoint``, as a dict.
-            signals: numbers of ``signal``.
-
-        Raises:
-            ConfigurationError: this is not the main thread, or a signal cannot be handled; an earlier call holds on.
-        """
-        if not callable(state):
-            raise ConfigurationError(f"save_on_signal wants a function that returns arguments, not {state!r}")
-        self._signals, self._at_signal = SignalWatch(signals, self, self._signals), state
-
-    def safe_point(self) -> None:
-        """Say that the training state is whole: if a signal came (see ``save_on_signal``), it is saved and we end.
-
-        Raises:
-            Preempted: a signal came; the state is durable.
-            ConfigurationError: what the function returned is not what ``save_checkpoint`` takes; nothing was saved.
-        """
-        if self._signals is None or not self._signals.may_end() or getattr(self._inside, "hook", False):
-            return
-        wanted = save_arguments(self._at_signal(), self.save_checkpoint)
-        self.save_checkpoint(**{**wanted, "blocking": True})
-
-
-def _take(state: EncodedState, threads: int, buffer: SnapshotBuffer) -> EncodedState:
-    return buffer.take(state, threads)
 
 
 def _manifest(call: _Call, sequence: int, entries: Sequence[FileEntry]) -> tuple[bytes, str]:

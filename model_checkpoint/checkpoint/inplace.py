@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
 from functools import partial
-from threading import Event
 from typing import Any, NamedTuple
 
-from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, fill
+from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, fill, touched
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
 from model_checkpoint.checkpoint.selection import children, references
 from model_checkpoint.checkpoint.state import Decoder
 from model_checkpoint.errors import StateMismatchError
 from model_checkpoint.integrity.reading import FileReader
 from model_checkpoint.utils.kernel import fresh_memory
-from model_checkpoint.utils.parallel import run
+from model_checkpoint.utils.parallel import Stop, run
 
 _VALUES = ("bytes", "numpy.scalar", "jax")  # kinds of arrays that nobody can change
 
@@ -228,7 +227,7 @@ def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int
                     own = all(filled.memory is not None for filled in targets)
                     put = partial(_put, file, arrays[component][key], node, targets, decoder)
                     (parallel if own else alone).append(put)
-            run(parallel, threads, Event())
+            run(parallel, threads, Stop())
             for put in alone:
                 put()
     for filled in match.filled:
@@ -248,6 +247,7 @@ def _put(
     for filled in targets:
         if file is not None and filled.memory is not None and filled.memory.nbytes == end - begin:
             file.read_into(begin, filled.memory)
+            touched(filled.target)
             continue
         if copy is None and file is not None:
             copy = stored._replace(data=_read(file, begin, end))

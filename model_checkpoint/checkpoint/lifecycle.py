@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from model_checkpoint.checkpoint.arguments import check_seconds
+from model_checkpoint.checkpoint.arguments import check_id, check_seconds, save_arguments
 from model_checkpoint.checkpoint.loading import CheckpointLoading
 from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.recovery import RecoveryReport, rebuild, recover
@@ -18,6 +20,8 @@ class ManagerLifecycle(CheckpointLoading):
     """The manager's own life; ``EnhancedCheckpointManager`` sets it up."""
 
     _signals: SignalWatch | None
+    _at_signal: Callable[[], Mapping[str, Any]]
+    save_checkpoint: Callable[..., str]
 
     def register_hook(self, *arguments: Any, **options: Any) -> None:
         """Register a hook; takes what ``HookManager.register_hook`` takes, and raises what it raises.
@@ -61,6 +65,8 @@ class ManagerLifecycle(CheckpointLoading):
             ConfigurationError: ``timeout`` is no number of seconds.
         """
         check_seconds(timeout=timeout)
+        if checkpoint_id is not None:
+            check_id(checkpoint_id)
         ended = self._queue.wait(None if checkpoint_id is None else [checkpoint_id], timeout)
         self._queue.raise_failure(checkpoint_id)
         if checkpoint_id is not None and ended:
@@ -109,6 +115,43 @@ class ManagerLifecycle(CheckpointLoading):
                 signals.end()  # it came when there was no safe point any more
             elif signals is not None:
                 signals.stop()
+
+    def save_on_signal(
+        self, state: Callable[[], Mapping[str, Any]], signals: Collection[int] = (signal.SIGTERM, signal.SIGUSR1)
+    ) -> None:
+        """Save when the process is told to end, once, where training says that its state is whole; then let it end.
+
+        A signal is only noted. At the next ``safe_point()``, or ``save_checkpoint()``, which is one too, the state is
+        saved, and the process goes the way that the signal would have sent it: an earlier Python handler is called;
+        where there was none, ``Preempted`` (a SystemExit with status 128 + the signal) unwinds the program; a signal
+        that was ignored is ignored again. Call this again to replace ``state``; ``close`` ends it.
+
+        Args:
+            state: called at the safe point; returns the arguments of ``save_checkpoint``, as a dict.
+            signals: numbers of ``signal``.
+
+        Raises:
+            ConfigurationError: this is not the main thread, or a signal cannot be handled; an earlier call holds on.
+        """
+        if not callable(state):
+            raise ConfigurationError(f"save_on_signal wants a function that returns arguments, not {state!r}")
+        self._signals, self._at_signal = SignalWatch(signals, self, self._signals), state
+
+    def safe_point(self) -> None:
+        """Say that the training state is whole: if a signal came (see ``save_on_signal``), it is saved and we end.
+
+        Raises:
+            Preempted: a signal came; the state is durable.
+            ConfigurationError: what the function returned is not what ``save_checkpoint`` takes; nothing was saved.
+        """
+        if self._signals is None or not self._signals.may_end() or getattr(self._inside, "hook", False):
+            return
+        self._inside.hook = True  # a safe point within the function is none
+        try:
+            wanted = save_arguments(self._at_signal(), self.save_checkpoint)
+        finally:
+            self._inside.hook = False
+        self.save_checkpoint(**{**wanted, "blocking": True})
 
     def _must_save(self) -> bool:
         """Whether the state must be saved now, as a signal came, whatever failed before; close() will raise that."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from model_checkpoint.checkpoint.arguments import check_choice
+from model_checkpoint.checkpoint.arguments import check_choice, check_flags
 from model_checkpoint.checkpoint.best import elect
 from model_checkpoint.checkpoint.inplace import load_into
 from model_checkpoint.checkpoint.reader import CheckpointReader
@@ -78,6 +78,7 @@ class CheckpointLoading(CheckpointRemoval):
         started = time.perf_counter()
         self._settle()
         check_choice("on_corruption", on_corruption, ("raise", "fallback"))
+        check_flags(verify_integrity=verify_integrity, load_optimizer=load_optimizer, load_scheduler=load_scheduler)
         patterns = check_keys(keys)
         wanted = self._experiment_to_load(checkpoint_id, experiment_id)
         components = {"model", "extra"}
@@ -135,6 +136,7 @@ class CheckpointLoading(CheckpointRemoval):
         """
         started = time.perf_counter()
         self._settle()
+        check_flags(verify_integrity=verify_integrity)
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         targets = {name: target for name, target in given.items() if target is not None}
         if not targets:

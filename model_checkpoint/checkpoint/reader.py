@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Thread
 from typing import Any
 
 from model_checkpoint.arrays import HostArray
@@ -27,7 +27,7 @@ from model_checkpoint.errors import (
 )
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.integrity.reading import FileReader, map_file, read_parts
-from model_checkpoint.utils.parallel import run, start, wait_while
+from model_checkpoint.utils.parallel import Stop, run, start, wait_while
 
 STATE_FILE = "state.json"
 _HEAD = 8  # bytes that a backend must see to say how long the head of its file is
@@ -86,8 +86,9 @@ class CheckpointReader:
             decoder = Decoder(not_stored, device)
             for arrays in self._arrays(nodes, device is not None, keys is not None and self._verify):
                 for component, named in arrays.items():
-                    for key in nodes.keys() & {(component, key) for key in named}:
-                        decoder.place(nodes[key], named[key[1]])
+                    for key, stored in named.items():
+                        if (component, key) in nodes:
+                            decoder.place(nodes[component, key], stored)
             return {name: decoder.node(node) for name, node in wanted.items()}
 
     def tree(self) -> dict[str, Any]:
@@ -172,7 +173,7 @@ class CheckpointReader:
             run(
                 [partial(r.check, *part) for r in readers for part in r.parts([(0, r.content.nbytes)])],
                 self._threads,
-                Event(),
+                Stop(),
             )
         self.sound = sound and all(file.sha256 is not None for file in self._manifest.files)
         self.checks = [_told(file) for file in self._manifest.files]
@@ -203,7 +204,7 @@ class CheckpointReader:
         if self._verify:
             self.checks += [_told(file) for file in files]
         tasks = [partial(self._decompressed, *pair) for pair in zip(files, contents)]
-        return dict(zip(map(_plain_name, files), run(tasks, self._threads if _any_compressed(files) else 1, Event())))
+        return dict(zip(map(_plain_name, files), run(tasks, self._threads if _any_compressed(files) else 1, Stop())))
 
     def _open(self, file: FileEntry, stack: ExitStack) -> FileReader:
         if not self._verify:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 from functools import partial
 from itertools import accumulate
-from threading import Event
 
 from model_checkpoint.checkpoint.state import EncodedState
 from model_checkpoint.utils.kernel import fresh_memory
-from model_checkpoint.utils.parallel import run
+from model_checkpoint.utils.parallel import Stop, run
 
 _ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
 _PIECE = 16 << 20  # 16 MiB: large arrays are copied by several threads
@@ -53,7 +52,7 @@ class SnapshotBuffer:
             else:
                 copies += _pieces(source, target)
             named[key] = array._replace(data=target, source=None)
-        run(_batches(copies), threads if size > _PIECE else 1, Event())
+        run(_batches(copies), threads if size > _PIECE else 1, Stop())
         return EncodedState(state.tree, arrays)
 
 

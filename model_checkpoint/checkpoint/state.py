@@ -48,13 +48,15 @@ def encode(components: Mapping[str, object]) -> EncodedState:
 
     Args:
         components: name -> object: anything with ``state_dict()``, or a nested dict, list or tuple of arrays, such
-            objects and plain values. Nothing of it is changed.
+            objects and plain values; None for one that there is not. Nothing of it is changed.
 
     Raises:
         UnsupportedValueError: a value that has no safe form; it names the path, the type and what to do.
     """
     encoder = _Encoder()
     for name, value in components.items():
+        if value is None:
+            continue
         encoder.component = encoder.arrays.setdefault(name, {})
         encoder.tree[name] = encoder.node(value, (name,))
     placed = sorted(encoder.placed, key=_address)
@@ -222,11 +224,11 @@ class Decoder:
             return [self.node(item) for item in tree]
         if not isinstance(tree, dict):
             return tree
+        if "$array" in tree or "$view" in tree:
+            return self._array(tree)
         tag = next((key for key in tree if key.startswith("$")), None)
         if tag is None:
             return {key: self.node(value) for key, value in tree.items()}
-        if tag in ("$array", "$view"):
-            return self._array(tree)
         if tag not in _TAGS:
             raise FormatError(f"state.json holds {tag!r}, which this version does not know; upgrade model-checkpoint")
         return _TAGS[tag](self, tree[tag], tree)

@@ -39,6 +39,7 @@ _GONE = (
     "database {} was deleted or replaced while it was open; nothing was stored, it would be lost with the last close. "
     "Put it back, or close this and open it again"
 )
+_DAMAGED = "it is damaged: move it away with its -wal and -shm files; manifests bring the checkpoints back"
 _CONTEXTLIB = {contextlib._GeneratorContextManager.__enter__.__code__, contextlib.ExitStack.enter_context.__code__}
 _ACQUIRE, _RELEASE, _LOCK = methodcaller("acquire"), methodcaller("release"), attrgetter("lock")
 _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
@@ -233,7 +234,7 @@ class EnhancedDatabaseConnection:
             try:
                 rows: list[tuple[Any, ...]] = self._open(slot).execute(sql, parameters or {}).fetchall()
                 if bytes in set(map(type, chain.from_iterable(rows))):  # we store none
-                    raise DatabaseError(f"database {self._dialect.path} is damaged: it holds bytes where text was")
+                    raise DatabaseError(f"database {self._dialect.path} holds bytes where text was; {_DAMAGED}")
                 return rows
             except self._dialect.driver_errors as error:
                 raise self._failed(error) from error
@@ -257,7 +258,7 @@ class EnhancedDatabaseConnection:
         if "locked" in str(error):
             advice = "another process holds it for long: raise busy_timeout"
         elif "malformed" in str(error) or "not a database" in str(error):
-            advice = "it is damaged: move it away with its -wal and -shm files; manifests bring the checkpoints back"
+            advice = _DAMAGED
         return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")
 
     def before_close(self, finish: Callable[[], object]) -> None:

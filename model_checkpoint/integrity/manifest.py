@@ -77,10 +77,17 @@ class Manifest(NamedTuple):
         return _seal(content)
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode  # with an indent, json works in Python: 0.4 ms more a small save
+
+
 def _seal(content: dict[str, Any]) -> tuple[bytes, str]:
-    bare = json.dumps(content, indent=1, allow_nan=False).encode()
-    digest = hashlib.sha256(bare).hexdigest()
-    return bare[:-2] + f',\n "{_DIGEST}": "{digest}"\n}}'.encode(), digest
+    """Return the file, a line for each field and each file, and the digest of it without the digest's own line."""
+    fields = dict(content)
+    files = ",\n  ".join(map(_encode, fields.pop("files")))
+    lines = map(": ".join, zip(map(_encode, fields), map(_encode, fields.values())))
+    bare = "{\n " + ",\n ".join(lines) + f',\n "files": [\n  {files}\n ]'
+    digest = hashlib.sha256(f"{bare}\n}}".encode()).hexdigest()
+    return f'{bare},\n "{_DIGEST}": "{digest}"\n}}'.encode(), digest
 
 
 def parse_manifest(data: bytes, path: str) -> tuple[Manifest, str]:

@@ -10,13 +10,12 @@ import stat
 from collections.abc import Callable, Iterable
 from functools import partial
 from io import FileIO
-from threading import Event
 
 from model_checkpoint.errors import IntegrityError, StorageError
 from model_checkpoint.integrity.manifest import FileEntry
 from model_checkpoint.integrity.sha256 import CHUNK, Sha256, can_resume
 from model_checkpoint.utils.kernel import fresh_memory
-from model_checkpoint.utils.parallel import run
+from model_checkpoint.utils.parallel import Stop, run
 
 _AT_ONCE = 8  # chunks that a thread reads before it takes others
 
@@ -132,7 +131,7 @@ def read_parts(parts: Iterable[tuple[FileReader, int, int]], threads: int) -> No
         IntegrityError, StorageError: see ``FileReader.read``; one of them, when several parts are bad.
     """
     tasks = [partial(reader.read, begin, end) for reader, begin, end in parts]
-    stop = Event()
+    stop = Stop()
     run(tasks, threads, stop)
 
 

@@ -6,12 +6,12 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
-from threading import Event
 from typing import NamedTuple
 
 from model_checkpoint.errors import FormatError, StorageError
 from model_checkpoint.integrity.sha256 import CHUNK, Sha256
 from model_checkpoint.utils.kernel import reserve, start_writeback
+from model_checkpoint.utils.parallel import Stop
 
 _GATHERED = 1 << 20  # 1 MiB of small pieces are written at once
 _SMALL = 64 << 10  # 64 KiB, from which a piece is written from where it lies; copying less is quicker than a call
@@ -43,14 +43,14 @@ class FileSink:
         descriptor: of the file; stays open.
         path: its name, for errors.
         hashed: whether to compute the digest.
-        stop: when it is set, the next write raises: what is written will not be wanted.
+        stop: when it is called, the next write raises: what is written will not be wanted.
 
     Attributes:
         size: bytes taken so far.
         error: what went wrong, or None.
     """
 
-    def __init__(self, descriptor: int, path: str, hashed: bool, stop: Event | None = None) -> None:
+    def __init__(self, descriptor: int, path: str, hashed: bool, stop: Stop | None = None) -> None:
         self.size = 0
         self.error: Exception | None = None
         self._descriptor = descriptor
@@ -109,7 +109,7 @@ class FileSink:
             view = view[piece.nbytes :]
 
     def _put_out(self, piece: memoryview) -> None:
-        if self._stop is not None and self._stop.is_set():
+        if self._stop is not None and self._stop.called:
             raise InterruptedError(errno.EINTR, "called off", self._path)
         end = self._written + piece.nbytes
         try:
@@ -128,7 +128,7 @@ def write_file(
     write: Callable[[FileSink], object],
     hashed: bool = True,
     size: int | None = None,
-    stop: Event | None = None,
+    stop: Stop | None = None,
 ) -> Written:
     """Make a new file, durable when this returns; its folder is not synced.
 
@@ -137,7 +137,7 @@ def write_file(
         write: called once with a sink that takes the content.
         hashed: whether to compute the digest while writing.
         size: its length in bytes where that is known, which is then reserved on the disk.
-        stop: when it is set, writing ends with an error.
+        stop: when it is called, writing ends with an error.
 
     Raises:
         StorageError: it cannot be made, written or made durable; an incomplete file may stay behind.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from threading import Event, Thread, current_thread
+from threading import Thread, current_thread
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -29,7 +29,17 @@ def start(thread: Thread) -> bool:
     return True
 
 
-def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> list[Result]:
+class Stop:
+    """Calls work off. An Event is written in Python, and a Ctrl-C between its lines would leave it locked.
+
+    Attributes:
+        called: whether it is; set by whoever calls it off.
+    """
+
+    called = False
+
+
+def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Stop) -> list[Result]:
     """Call every task once and return their results, in the order of the tasks.
 
     The threads live as long as this call: nothing has to be closed, and a fork finds none of them idle.
@@ -37,7 +47,7 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> lis
     Args:
         tasks: begun in their order.
         threads: how many work at once, the caller's included.
-        stop: set when a task fails or the caller is interrupted; tasks that take long should look at it and raise.
+        stop: called when a task fails or the caller is interrupted; tasks that take long should look at it and raise.
 
     Raises:
         BaseException: what the first task that failed raised, when no task is running any more.
@@ -52,12 +62,12 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> lis
     def work() -> None:
         try:
             for i in waiting:  # one iterator for all: each task is taken by one thread
-                if stop.is_set():
+                if stop.called:
                     return
                 results[i] = given[i]()
         except BaseException as error:  # noqa: BLE001 - raised below, when nobody works any more
             failures.append(error)
-            stop.set()
+            stop.called = True
 
     def help_out() -> None:
         working.add(current_thread())  # before it looks at what is to do: who is not in here yet will find nothing
@@ -65,15 +75,13 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> lis
         working.discard(current_thread())
         ended.put(None)
 
-    try:
+    def begin() -> None:
         for _ in range(min(threads, len(given)) - 1):
             if not start(Thread(target=help_out, name="checkpoint files", daemon=True)):
                 break
         work()
-    except BaseException as error:  # noqa: BLE001 - an interrupt between the tasks; raised below, too
-        failures.append(error)
-        stop.set()
-    interrupts = wait_while(lambda: bool(working), ended, stop)
+
+    interrupts = wait_while(lambda: bool(working), ended, begin, stop)
     given.clear()  # a helper's frame may outlive this call for a moment, and must not keep memory borrowed
     if failures or interrupts:
         raise [*interrupts, *failures][0]  # what a helper raised because of an interrupt is not the news
@@ -81,7 +89,10 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Event) -> lis
 
 
 def wait_while(
-    condition: Callable[[], bool], changed: SimpleQueue[None], stop: Event | None = None
+    condition: Callable[[], bool],
+    changed: SimpleQueue[None],
+    begin: Callable[[], object] | None = None,
+    stop: Stop | None = None,
 ) -> list[BaseException]:
     """Wait, whatever happens, until ``condition`` no longer holds.
 
@@ -90,18 +101,22 @@ def wait_while(
     Args:
         condition: asked after every change.
         changed: gets an item after every change.
-        stop: set at an interrupt.
+        begin: called first; where an interrupt comes, not again.
+        stop: called at an interrupt.
 
     Returns:
-        The interrupts met meanwhile, for the caller to raise.
+        What was raised meanwhile, by ``begin`` or as interrupts, for the caller to raise.
     """
     interrupts: list[BaseException] = []
     while True:
-        try:
+        try:  # all in here, the call to stop too: whom it wakes may send the next interrupt
+            if begin is not None:
+                first, begin = begin, None
+                first()
+            if interrupts and stop is not None:
+                stop.called = True
             while condition():
                 changed.get()
             return interrupts
         except BaseException as error:  # noqa: BLE001 - the caller raises it
             interrupts.append(error)
-            if stop is not None:
-                stop.set()

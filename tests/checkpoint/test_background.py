@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from helpers_storage import exact, needs_torch, needs_zstandard, np, torch
+from helpers_storage import exact, needs_numpy, needs_torch, needs_zstandard, np, torch
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, register_storage_backend
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.storage.safetensors_backend import SafeTensorsBackend
-from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, SaveFailedError
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    ExperimentNotFoundError,
+    SaveFailedError,
+)
 from model_checkpoint.hooks import HookContext, HookEvent
 
 DEADLINE = 30.0  # seconds that anything may take before it counts as hung
@@ -196,11 +201,10 @@ def test_what_is_known_of_the_run_is_that_of_the_call(
     for _ in range(3):
         tracker.log_metric("loss", 2.0)
     tracker.log_hyperparameters({"lr": 2})
-    called = threading.Event()
-    manager.register_hook("called", lambda _: called.set(), [HookEvent.BEFORE_CHECKPOINT_SAVE])
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(manager.save_checkpoint, state_of(2), epoch=2)  # waits for room
-        assert called.wait(DEADLINE)
+        second = pool.submit(manager.save_checkpoint, state_of(2), epoch=2)
+        with pytest.raises(TimeoutError):
+            second.result(0.2)  # waits for room
         gate.opened.set()
         second.result(DEADLINE)
     manager.wait()
@@ -270,6 +274,30 @@ def test_a_save_beyond_the_bound_waits_and_only_that_one(make: Make, gate: Gate)
         third.result(DEADLINE)
     manager.wait()
     assert epochs(manager) == [1, 2, 3]
+
+
+def test_a_save_that_waits_for_room_has_not_taken_its_state_yet(make: Make, gate: Gate) -> None:
+    """Its arrays may be a GPU's, whose copies in host memory would come on top of those that are pending."""
+
+    class Model:
+        def state_dict(self) -> dict[str, Any]:
+            pending.append(manager.pending())
+            return state_of(2)
+
+    manager = make()
+    pending: list[list[str]] = []
+    gate.opened.clear()
+    manager.save_checkpoint(state_of(1), epoch=1)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(manager.save_checkpoint, Model(), epoch=2)
+        with pytest.raises(TimeoutError):
+            second.result(0.2)
+        assert pending == []
+        gate.opened.set()
+        second.result(DEADLINE)
+    assert pending == [[]]
+    manager.wait()
+    assert epochs(manager) == [1, 2]
 
 
 def test_many_threads_that_save_at_once_lose_nothing(make: Make) -> None:
@@ -436,6 +464,40 @@ def test_options_of_another_kind_are_refused_by_name(make: Make, option: dict[st
         make(**option)
 
 
+@pytest.mark.parametrize("flag", ["save_optimizer", "save_scheduler", "compute_checksum", "update_best", "blocking"])
+def test_a_text_in_place_of_a_flag_is_refused_by_name_and_saves_nothing(make: Make, flag: str) -> None:
+    manager = make()
+    with pytest.raises(ConfigurationError, match=f"{flag} must be True or False, not 'no'"):
+        manager.save_checkpoint(state_of(1), **{flag: "no"})
+    assert manager.list_checkpoints() == []
+
+
+@pytest.mark.parametrize("flag", ["verify_integrity", "load_optimizer", "load_scheduler"])
+def test_a_text_in_place_of_a_flag_of_a_load_is_refused_by_name(make: Make, flag: str) -> None:
+    manager = make()
+    saved = manager.save_checkpoint(state_of(1))
+    with pytest.raises(ConfigurationError, match=f"{flag} must be True or False, not 'no'"):
+        manager.load_checkpoint(saved, **{flag: "no"})
+    with pytest.raises(ConfigurationError, match="include_metadata must be True or False"):
+        manager.list_checkpoints(include_metadata="no")  # type: ignore[arg-type]
+
+
+@needs_numpy
+def test_what_a_comparison_of_numpy_returns_is_a_flag(make: Make) -> None:
+    manager = make()
+    manager.save_checkpoint(state_of(1), loss=1.0, update_best=np.float32(1) < np.float32(0), blocking=np.bool_(True))
+    assert [told["is_best_loss"] for told in manager.list_checkpoints()] == [False]
+
+
+@pytest.mark.parametrize("wrong", [["a"], 7, b"a", "a", "../a"])
+def test_what_is_no_id_is_refused_as_one_that_is_not_there(make: Make, wrong: Any) -> None:
+    manager = make()
+    with pytest.raises(CheckpointNotFoundError, match="UUIDs as text"):
+        manager.wait(wrong)
+    with pytest.raises(ExperimentNotFoundError):
+        manager.save_checkpoint(state_of(1), experiment_id=wrong)
+
+
 def test_a_thread_that_dies_of_its_logging_leaves_nobody_waiting(
     make: Make, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,6 +576,19 @@ def test_a_blocking_save_that_waited_for_one_that_failed_says_so_and_saves_nothi
     assert epochs(manager) == []
     manager.save_checkpoint(state_of(3), epoch=3, blocking=True)
     assert epochs(manager) == [3]
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(ValueError("bad"), "that checkpoint does not exist"), (KeyboardInterrupt(), "exists if list_checkpoints")],
+)
+def test_a_failure_claims_no_more_than_is_known(make: Make, gate: Gate, error: BaseException, text: str) -> None:
+    """An interrupt may come after the commit, too."""
+    manager = make()
+    gate.error = error
+    manager.save_checkpoint(state_of(1), epoch=1)
+    with pytest.raises(SaveFailedError, match=text):
+        manager.wait()
 
 
 def test_polling_leaves_nothing_behind(make: Make, gate: Gate) -> None:

@@ -408,6 +408,16 @@ def test_targets_that_overlap_and_did_not_when_saved_are_refused(store: Store) -
 
 
 @needs_torch
+def test_autograd_notices_that_a_tensor_was_filled(store: Store) -> None:
+    saved = store.save({"w": torch.arange(3.0)})
+    weight = torch.ones(3, requires_grad=True)
+    result = (weight * weight).sum()
+    store.manager.load_into({"w": weight}, checkpoint_id=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
+@needs_torch
 def test_a_model_with_a_part_that_was_not_saved_is_refused_before_it_is_changed(store: Store) -> None:
     class Counting(torch.nn.Linear):
         def get_extra_state(self) -> Any:

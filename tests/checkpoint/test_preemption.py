@@ -123,6 +123,21 @@ def test_a_hook_that_saves_does_not_swallow_the_signal(manager: EnhancedCheckpoi
     assert types(manager) == ["preempted", "inner"]
 
 
+def test_a_safe_point_or_save_within_the_state_function_does_not_end_the_process(
+    manager: EnhancedCheckpointManager,
+) -> None:
+    def state() -> dict[str, Any]:
+        manager.safe_point()
+        manager.save_checkpoint(STATE, checkpoint_type="inner")
+        return wanted()
+
+    manager.save_on_signal(state)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Preempted):
+        manager.safe_point()
+    assert types(manager) == ["inner", "preempted"]
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_saves_and_hooks_in_other_threads_leave_the_signal_to_the_main_thread(
     manager: EnhancedCheckpointManager, blocking: bool

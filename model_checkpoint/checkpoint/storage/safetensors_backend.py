@@ -22,6 +22,7 @@ _SHARD = (256 << 20, 5 << 30)  # 256 MiB to 5 GiB: several to a component, so th
 _PARTS = 8  # but not many more than this
 MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_SIZE = 2**63 - 1
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _FILE_NAME = re.compile(r"(?P<component>.+?)(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -170,7 +171,7 @@ def _parse_header(content: memoryview) -> tuple[dict[str, Any], int]:
             parse_constant=_refuse_number,
             parse_float=_refuse_number,
         )
-        if not _is_text(header):
+        if _SURROGATE.search(text) and not _is_text(header):  # only an escape can make half of a pair
             raise FormatError("half of a surrogate pair is no text")
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors, and FormatError itself, are ValueErrors
         raise FormatError(f"SafeTensors header is not valid: {error}") from None
@@ -203,12 +204,14 @@ def _check_entry(key: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in CODES:
         raise FormatError(f"SafeTensors tensor {key!r}: unknown dtype {code!r}")
-    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+    if not isinstance(shape, list):
         raise FormatError(f"SafeTensors tensor {key!r}: shape {shape!r} is no list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
+    if not isinstance(offsets, list) or [*map(type, offsets)] != [int, int]:
         raise FormatError(f"SafeTensors tensor {key!r}: data_offsets {offsets!r} are no pair of integers")
     bits, whole = CODES[code].bits, 1
     for length in shape:
+        if type(length) is not int or length < 0:
+            raise FormatError(f"SafeTensors tensor {key!r}: shape {shape!r} is no list of sizes")
         whole *= max(length, 1)  # zero-sized dimensions must not hide an overflow of the others
         bits *= length
         if whole > _MAX_SIZE:

@@ -101,12 +101,13 @@ class StorageError(ModelCheckpointError, OSError):
 class SaveFailedError(ModelCheckpointError, RuntimeError):
     """A save in the background failed; the failure itself is the ``__cause__``.
 
-    That checkpoint does not exist, unless what stopped it, such as a KeyboardInterrupt, came after its commit.
+    That checkpoint does not exist, unless what stopped it came at its commit, as an error of the database, or after it,
+    as a KeyboardInterrupt.
     """
 
     def __init__(self, checkpoint_id: str, cause: BaseException) -> None:
         gone = "that checkpoint does not exist"
-        if not isinstance(cause, Exception):
+        if isinstance(cause, (DatabaseError, MemoryError)) or not isinstance(cause, Exception):
             gone = "that checkpoint exists if list_checkpoints() shows it"
         super().__init__(
             f"the background save of checkpoint {checkpoint_id} failed: {type(cause).__name__}: {cause}; "

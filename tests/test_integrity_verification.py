@@ -32,7 +32,13 @@ from helpers_storage import (
 )
 
 from model_checkpoint import EnhancedCheckpointManager
-from model_checkpoint.errors import CheckpointNotFoundError, FormatError, IntegrityError
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    DatabaseError,
+    FormatError,
+    FormatVersionError,
+    IntegrityError,
+)
 from model_checkpoint.integrity import CheckpointVerifier, ChecksumCalculator
 from model_checkpoint.integrity.verification import verify_folder
 
@@ -677,6 +683,14 @@ HOSTILE_MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a time that is text": lambda manifest: manifest.update(created_at="x"),
     "a step beyond 64 bits": part("values", step=-(2**63) - 1),
     "another checkpoint's id": lambda manifest: manifest.update(checkpoint_id="x"),
+    "a config 600 levels deep": part("values", config=json.loads("[" * 600 + "]" * 600)),
+    "an experiment's config 900 levels deep": part("experiment", config={"a": json.loads("[" * 900 + "]" * 900)}),
+    "the last number of a save": lambda manifest: manifest.update(sequence=2**63 - 1),
+    "a number of a save before the first": lambda manifest: manifest.update(sequence=-1),
+    "a metric that is a flag": part("values", metrics={"acc": True}),
+    "a metric that is nothing": part("values", metrics={"acc": None}),
+    "a metric beyond 64 bits": part("values", metrics={"acc": 10**400}),
+    "a newer format without files": lambda manifest: (manifest.pop("files"), manifest.update(format_version=99)),
     "a newer format": lambda manifest: manifest.update(format_version=99),
     "a format that is text": lambda manifest: manifest.update(format_version="x"),
     "no format": lambda manifest: manifest.pop("format_version"),
@@ -702,6 +716,25 @@ class TestHostileManifests:
             with pytest.raises(CheckpointNotFoundError):
                 manager.load_checkpoint(bad)
         assert snapshot(folder) == before
+
+    def test_one_of_a_newer_version_is_called_that_whatever_else_it_holds(self, store: Store) -> None:
+        saved = store.save({"w": b"1"})
+        folder = store.path(saved)
+        (folder / "checkpoint.json").write_text('{"format_version": 99, "chunks": []}')
+        with pytest.raises(FormatVersionError, match="99"):
+            store.load(saved)
+        assert store.row(saved)["status"] == "committed"
+
+    def test_one_with_the_highest_number_of_a_save_does_not_spoil_the_next_saves(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        folder = store.path(store.save({"w": b"1"}))
+        store.close()
+        reseal(folder, lambda manifest: manifest.update(sequence=2**62 - 1))
+        with reopen_without_database(tmp_path) as manager:
+            (row,) = manager.list_checkpoints()
+            with pytest.raises(DatabaseError, match="sequence"):
+                manager.save_checkpoint({"w": b"2"}, experiment_id=row["experiment_id"])
 
     @pytest.mark.parametrize(
         "content", [b"", b"null", b"[]", b"{}", b"[" * 100_000, b'{"a": NaN}', b"\xff", b"5", b'{"a":1,"a":1}']

@@ -61,6 +61,9 @@ class ArrayAdapter(Protocol):
     def describe(self, value: object) -> HostArray | None:
         """Return what ``to_host`` returns, but copy nothing: where it might have to, ``data`` is empty.
 
+        ``identity`` is a ``Layout`` also of an array that ``to_host`` must turn round or resolve: where it lies, with
+        the strides of its elements in the order of their addresses.
+
         Raises:
             ValueError: as from ``to_host``.
         """

@@ -42,7 +42,10 @@ class NumpyAdapter:
             return self.to_host(value)
         empty = np.lib.stride_tricks.as_strided(value, (0,) * value.ndim, subok=True)  # nothing of it can be copied
         described = self.to_host(empty)
-        return None if described is None else described._replace(shape=value.shape, identity=_layout(value))
+        if described is None:
+            return None
+        upwards = value[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in value.strides)]
+        return described._replace(shape=value.shape, identity=_layout(upwards))
 
     def settle(self) -> None:
         """Nothing is copied in the background."""

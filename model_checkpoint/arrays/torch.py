@@ -32,8 +32,8 @@ class TorchAdapter:
         if not isinstance(value, torch.Tensor):
             return None
         dtype, plain, identity = _described(torch, value)
-        if identity is None:  # conjugate and negative views are lazy bits over shared memory
-            plain = plain.resolve_conj().resolve_neg()
+        if plain.is_conj() or plain.is_neg():  # lazy bits over shared memory
+            plain, identity = plain.resolve_conj().resolve_neg(), None
         if plain.device.type == "cuda" and identity is not None:
             host = self._pinned(torch, plain)
         else:
@@ -47,7 +47,8 @@ class TorchAdapter:
         if not isinstance(value, torch.Tensor):
             return None
         dtype, plain, identity = _described(torch, value)
-        borrowed = identity is not None and identity.device == "cpu" and plain.is_contiguous()
+        lazy = plain.is_conj() or plain.is_neg()
+        borrowed = identity is not None and not lazy and identity.device == "cpu" and plain.is_contiguous()
         data = _bytes_of(plain) if borrowed else memoryview(b"")
         return HostArray(dtype, tuple(plain.shape), data, "torch", identity, plain)
 
@@ -94,7 +95,7 @@ class TorchAdapter:
 
 
 def _described(torch: Any, value: torch.Tensor) -> tuple[str, torch.Tensor, Layout | None]:
-    """Return the dtype's name, the tensor without autograd, and where it lies; None for an empty or a lazy one."""
+    """Return the dtype's name, the tensor without autograd, and where it lies; None for an empty one."""
     _check_storable(torch, value)
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -106,7 +107,7 @@ def _described(torch: Any, value: torch.Tensor) -> tuple[str, torch.Tensor, Layo
     reach = sum([(n - 1) * step for n, step in zip(layout.shape, layout.strides)]) + 1
     if not layout.address or value.untyped_storage().nbytes() < (value.storage_offset() + reach) * value.itemsize:
         raise ValueError("its memory was freed, or was never there; gather or materialise it first")
-    return dtype, plain, None if value.is_conj() or value.is_neg() else layout
+    return dtype, plain, layout
 
 
 def _bytes_of(host: torch.Tensor) -> memoryview:
@@ -140,7 +141,8 @@ def _tensor(torch: Any, array: HostArray) -> torch.Tensor:
     data: Any = array.data
     if data.nbytes == 0:
         return torch.empty(array.shape, dtype=dtype)  # type: ignore[no-any-return]
-    flat = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype)  # torch wants writable memory,
+    # Torch wants writable memory, on the element's own boundary.
+    flat = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=dtype)
     if flat.data_ptr() % dtype.itemsize:
-        flat = torch.frombuffer(bytearray(data), dtype=dtype)  # and on the element's own boundary
+        flat = torch.frombuffer(bytearray(data), dtype=dtype)
     return flat.view(array.shape)  # type: ignore[no-any-return]

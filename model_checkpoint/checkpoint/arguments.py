@@ -28,7 +28,7 @@ def check_at_least_one(**values: int | None) -> None:
 
 def check_flags(**values: object) -> None:
     """Raise ConfigurationError unless each value is True or False, NumPy's too; a text ("no") would count as True."""
-    for name, value in values.items():
+    for name, value in values.items():  # NumPy's by their type's name: this must not import it
         if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
             raise ConfigurationError(f"{name} must be True or False, not {value!r}")
 
@@ -52,7 +52,7 @@ def check_id(checkpoint_id: object) -> None:
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise ConfigurationError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from itertools import count
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import ReferenceType, ref
 
 from model_checkpoint.checkpoint.snapshot import SnapshotBuffer
@@ -109,6 +109,8 @@ class SaveQueue:
 
     def _take_place(self, checkpoint_id: str) -> bool:
         ending = _ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        # At the end of the interpreter, which waits for us but not for daemons: one that goes on saving put it off.
+        ending = ending or (threading.current_thread().daemon and not threading.main_thread().is_alive())
         if len(self.jobs) >= self._limit or (ending and not any(queue.is_worker() for queue in _all_queues())):
             return False  # the latter for good: what is acknowledged now would be lost. A worker's is waited for
         self.jobs[checkpoint_id] = None
@@ -230,6 +232,7 @@ class SaveQueue:
 
 _queues: dict[int, ReferenceType[SaveQueue]] = {}
 _numbers = count()
+_watching = False  # whether the main thread has saved in the background, and SIGTERM has to wait for that
 _ending = False  # whether SIGTERM came; a loop that goes on saving must not put the end off
 
 
@@ -239,9 +242,16 @@ def end_after_saves_at_sigterm() -> None:
     A program that has a handler of its own is left alone: it ends by way of the interpreter, which waits. Outside the
     main thread no handler can be set.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main and not _ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, end_after_saves)
+    global _watching
+    if threading.current_thread() is threading.main_thread():
+        _watching = True
+        if not _ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, end_after_saves)
+
+
+def default_handler(number: int) -> Any:
+    """Return what stands for SIG_DFL of a signal in this process: for SIGTERM, ``end_after_saves`` once it was set."""
+    return end_after_saves if number == signal.SIGTERM and _watching and not _ending else signal.SIG_DFL
 
 
 def end_after_saves(number: int, frame: FrameType | None) -> None:
@@ -265,8 +275,8 @@ def _end_if_idle() -> None:
 
 
 def _in_child() -> None:
-    global _ending
-    _ending = False
+    global _ending, _watching
+    _ending = _watching = False
     if signal.getsignal(signal.SIGTERM) is end_after_saves:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has no saves
 

@@ -86,9 +86,16 @@ class CheckpointCatalog:
             ``best`` (criteria), the three ``is_best_*`` flags and ``verification`` (the last outcome, or None);
             with metadata also ``loss``, ``val_loss``, ``metrics``, ``config``, ``notes``, ``model_name``, ``backend``
             and ``path``.
+
+        Raises:
+            ExperimentNotFoundError: ``experiment_id`` is no id.
+            UnknownCheckpointTypeError: ``checkpoint_type`` is no text.
+            ConfigurationError: the flag is none.
         """
         check_flags(include_metadata=include_metadata)
-        experiment_id = experiment_id or self._own_experiment()
+        if checkpoint_type is not None and not isinstance(checkpoint_type, str):
+            raise UnknownCheckpointTypeError(checkpoint_type, NAMED_TYPES)
+        experiment_id = self._whose(experiment_id)
         records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
         if checkpoint_type == "latest":
             newest = {record.experiment_id: record.id for record in records}
@@ -97,11 +104,16 @@ class CheckpointCatalog:
             records = [r for r in records if self._is_of_type(r, checkpoint_type)]
         return [self._describe(record, include_metadata) for record in records]
 
-    def _own_experiment(self) -> str | None:
-        return self._tracker.experiment_id if self._tracker is not None else None
+    def _whose(self, experiment_id: str | None) -> str | None:
+        """Return the experiment that is meant: the tracker's for None, and None without a tracker."""
+        if experiment_id is None:
+            return self._tracker.experiment_id if self._tracker is not None else None
+        if not is_id(experiment_id):
+            raise self._no_experiment(experiment_id)
+        return experiment_id
 
     def _named_experiment(self, experiment_id: str | None) -> str:
-        found = experiment_id or self._own_experiment()
+        found = self._whose(experiment_id)
         if found is None:
             raise ExperimentNotFoundError("Must provide experiment_id, or give the manager an experiment_tracker")
         return found
@@ -179,7 +191,7 @@ class CheckpointCatalog:
 
     def _resolve(self, experiment_id: str | None, checkpoint_type: str) -> str:
         if not is_id(experiment_id):
-            raise ExperimentNotFoundError(f"experiment {experiment_id!r} is not in {self._db!r}: ids are UUIDs as text")
+            raise self._no_experiment(experiment_id)
         if not isinstance(checkpoint_type, str):
             raise UnknownCheckpointTypeError(checkpoint_type, NAMED_TYPES)
         found = self._cached(
@@ -200,6 +212,9 @@ class CheckpointCatalog:
         raise CheckpointNotFoundError(
             f"{checkpoint_type} of experiment {experiment_id} in {self._directory.path}", advice
         )
+
+    def _no_experiment(self, experiment_id: object) -> ExperimentNotFoundError:
+        return ExperimentNotFoundError(f"experiment {experiment_id!r} is not in {self._db!r}: ids are UUIDs as text")
 
     def _look_up(self, experiment_id: str, checkpoint_type: str) -> str | None:
         store, rows = self._directory.store_id, self._db.checkpoints
@@ -225,7 +240,7 @@ class CheckpointCatalog:
             HookVetoError: a hook stopped it.
         """
         verifier = CheckpointVerifier(self._db)
-        wanted = experiment_id or self._own_experiment()
+        wanted = self._whose(experiment_id)
         results = []
         for record in self._db.checkpoints.records(self._directory.store_id, wanted):
             self._fire(HookEvent.BEFORE_INTEGRITY_CHECK, {}, record.id, record.experiment_id)

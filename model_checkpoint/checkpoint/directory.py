@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from model_checkpoint.errors import ConfigurationError, LockTimeoutError, Storag
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
 from model_checkpoint.integrity.sha256 import CHUNK
 from model_checkpoint.integrity.writing import FileSink, write_bytes, write_file
-from model_checkpoint.utils.folders import id_folders, make_again, refuse_links
+from model_checkpoint.utils.folders import id_folders, make_again, refuse_links, remove_folder
 from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.parallel import Stop, run
 
@@ -248,7 +247,8 @@ class CheckpointDirectory:
             return entries, digest
         except BaseException as error:
             for folder in (staging, target):
-                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_folder(folder)
             if isinstance(error, OSError) and not isinstance(error, StorageError):
                 advice = "earlier checkpoints are untouched; free space or check the disk, then save again"
                 raise StorageError("publish a checkpoint", error.filename or staging, error, advice) from error
@@ -280,7 +280,7 @@ class CheckpointDirectory:
     def discard_staged(self, checkpoint_id: str) -> None:
         """Remove an unfinished checkpoint whose writer is dead; the caller holds ``exclusive()``."""
         refuse_links(self._engine, self._staging)
-        shutil.rmtree(os.path.join(self._staging, checkpoint_id))
+        remove_folder(os.path.join(self._staging, checkpoint_id))
 
     def trash(self, experiment_id: str, checkpoint_id: str) -> None:
         """Move a published checkpoint to the trash; one that is not there is there no longer, which is as good."""
@@ -321,7 +321,8 @@ class CheckpointDirectory:
     def unlink_trashed(self, checkpoint_id: str) -> None:
         """Remove a checkpoint in the trash for good."""
         refuse_links(self._engine, self._trash)
-        shutil.rmtree(self.trash_folder(checkpoint_id), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_folder(self.trash_folder(checkpoint_id))
 
 
 _size_of = attrgetter("size")

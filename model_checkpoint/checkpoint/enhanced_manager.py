@@ -1,4 +1,4 @@
-"""The checkpoint manager: the save path and the load path, each readable here from top to bottom."""
+"""The checkpoint manager and its save path, readable here from top to bottom."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         memory of the engine's own: whatever happens to the state afterwards, the checkpoint holds what it was. It is
         durable when ``wait`` returns; checkpoints are committed in the order of the calls. A failure is raised by the
         next save or load, by ``wait`` and by ``close``. Closing the manager, leaving its ``with`` block, the end of the
-        interpreter and SIGTERM finish what is pending.
+        interpreter and, once the main thread has saved in the background, SIGTERM finish what is pending.
 
         Args:
             model, optimizer, scheduler: anything with ``state_dict()``, or a nested dict, list or tuple of arrays and
@@ -219,18 +219,17 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         Raises:
             ExperimentNotFoundError: no experiment is named, or it is not in the database.
             UnsupportedValueError: a value that cannot be stored without pickle; the text names its path.
+            ConfigurationError: a flag, label or number that cannot be used.
             HookVetoError: a BEFORE hook stopped it.
             StorageError: the disk is full or refused; earlier checkpoints are untouched.
             DatabaseError: the database refused; the next manager on this directory finds what was published.
             SaveFailedError: an earlier save in the background failed; nothing of this one was saved.
             Preempted: a signal came that ``save_on_signal`` watches for; this checkpoint is durable.
         """
-        if self._queue.failures and not self._must_save():
-            self._queue.raise_failure()
         started = time.perf_counter()
         if type(epoch) is not int or type(step) is not int or (epoch | step) >> 63:  # what is plain needs no check
             epoch, step = integers(epoch=epoch, step=step)
-        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, blocking or False)
+        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, False if blocking is None else blocking)
         if {*map(type, flags)} != {bool}:
             check_flags(**dict(zip(_FLAGS, flags)))
         background = (self._async if blocking is None else not blocking) and not self._queue.is_worker()
@@ -250,7 +249,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             created_at=time.time(),
             update_best=bool(update_best),
         )
-        if self._queue.jobs:
+        if self._queue.jobs or self._queue.failures:
             self._take_turn(background)
         wanted = (model, optimizer if save_optimizer else None, scheduler if save_scheduler else None, extra_state)
         state, details = encode(dict(zip(_COMPONENTS, wanted))), details_of(record)
@@ -260,23 +259,27 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         if background:
             self._submit(call, state, started)
         else:
+            if self._queue.jobs:  # of a hook, or of another thread
+                self._take_turn(background)
             self._save(call, state)
         if self._signals is not None and self._signals.may_end() and not getattr(self._inside, "hook", False):
             self._end(record.id)
         return record.id
 
     def _take_turn(self, background: bool) -> None:
-        """Wait before the state is looked at: arrays of devices are copied to the host then, which takes memory, too.
+        """Wait until there is room for a save in the background, for another one until nothing is pending.
 
-        For a save in the background until there is room, for another one until nothing is pending: the order of commits
-        is the order of calls.
+        This comes before the state is looked at: then arrays of devices are copied to the host, which takes memory.
+
+        Raises:
+            SaveFailedError: an earlier save failed, and this one is not the last one before the end.
         """
         if background:
             self._queue.wait_for_room()
-        elif self._must_save():
-            self._queue.wait()
         else:
-            self._settle()
+            self._queue.wait()
+        if not self._must_save():  # asked after the wait: the signal may have come meanwhile
+            self._queue.raise_failure()
 
     def _submit(self, call: _Call, state: EncodedState, started: float) -> None:
         """Copy the state and hand it to the background."""
@@ -351,8 +354,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             raise ExperimentNotFoundError(
                 "No experiment_id provided and the manager has no experiment_tracker; pass one of them"
             )
-        if type(experiment_id) is not str:
-            raise ExperimentNotFoundError(f"experiment {experiment_id!r} is not in {self._db!r}: ids are UUIDs as text")
+        if not isinstance(experiment_id, str):
+            raise self._no_experiment(experiment_id)
         version = 0 if tracker is None else tracker.version
         known = self._experiments.get(experiment_id)
         if known is None or known[0] != version:

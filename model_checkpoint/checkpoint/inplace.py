@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
 from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, fill, touched
-from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
+from model_checkpoint.checkpoint.reader import CheckpointReader, address_of, not_stored, span
 from model_checkpoint.checkpoint.selection import children, references
 from model_checkpoint.checkpoint.state import Decoder
 from model_checkpoint.errors import StateMismatchError
 from model_checkpoint.integrity.reading import FileReader
 from model_checkpoint.utils.kernel import fresh_memory
-from model_checkpoint.utils.parallel import Stop, run
+from model_checkpoint.utils.parallel import run
 
 _VALUES = ("bytes", "numpy.scalar", "jax")  # kinds of arrays that nobody can change
 
@@ -52,7 +52,7 @@ class Match:
         self.fresh: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self._bare = False
-        self._places: list[tuple[str, int, int, bool, tuple[str, str], str]] = []  # device, first byte, end, ...
+        self._places: list[_Place] = []
 
     def compare_part(self, tree: Any, target: object, state: Any, name: str) -> None:
         """Note how a component's tree fits an object.
@@ -62,7 +62,9 @@ class Match:
             target, state: the object, and its ``state_dict()``, or itself where it has none.
             name: the component's.
         """
-        if state is target and not isinstance(target, (Mapping, list, tuple)):
+        if isinstance(target, type):
+            self.problems.append(f"{name}: {target.__name__} is a class; pass an object of it")
+        elif state is target and not isinstance(target, (Mapping, list, tuple)):
             self.problems.append(f"{name}: a {type(target).__name__} cannot be filled; pass it within a dict or list")
         elif state is not target and not callable(getattr(target, "load_state_dict", None)):
             self.problems.append(f"{name}: {type(target).__name__} has state_dict() and no load_state_dict()")
@@ -135,31 +137,66 @@ class Match:
             self.problems.append(f"{path}: several of its elements are one place in memory, as after expand()")
         else:
             self.filled.append(Filled(tree, target, _own_memory(found)))
-            self._note_place(found.identity, tree, path)
+            self._note_place(found, tree, path)
 
-    def _note_place(self, identity: object, tree: dict[str, Any], path: str) -> None:
+    def _note_place(self, found: HostArray, tree: dict[str, Any], path: str) -> None:
         """Note where in memory a target lies, to find two saved arrays that would go into one place."""
         base = tree if "$array" in tree else tree["base"]
         owner = (base["of"], base["$array"])
-        if isinstance(identity, Layout):
-            reach = sum((n - 1) * step for n, step in zip(identity.shape, identity.strides)) + 1
-            whole = reach == math.prod(identity.shape)  # of two with gaps, one may lie in those of the other
-            end = identity.address + reach * DTYPES[identity.dtype].bits // 8
-            self._places.append((identity.device, identity.address, end, whole, owner, path))
-        elif identity is not None:
-            self._places.append(("", hash(identity), 0, True, owner, path))
+        if isinstance(found.identity, Layout):
+            self._places.append(_place_of(found.identity, owner, path))
+        elif found.data.nbytes:
+            begin = address_of(found.data)
+            self._places.append(_Place("cpu", begin, begin + found.data.nbytes, found.data.nbytes, 0, owner, path))
 
     def find_shared(self) -> None:
         """Refuse that two saved arrays go into one place: arrays that share memory now, and did not then."""
-        before: tuple[str, int, int, bool, tuple[str, str], str] | None = None
+        before: list[_Place] = []  # that reach beyond the beginning of the next one
         for place in sorted(self._places):
-            device, begin, end, whole, owner, path = place
-            if before is not None and before[0] == device and owner != before[4]:
-                over = begin < before[2] and whole and before[3]
-                if over or begin == before[1]:
-                    self.problems.append(f"{path}: shares its memory with {before[5]}, they were saved as two arrays")
-            if before is None or before[0] != device or end >= before[2]:
-                before = place
+            before = [other for other in before if other.device == place.device and other.end > place.begin]
+            for other in before:
+                if other.owner != place.owner and _may_share(other, place):
+                    problem = f"shares its memory with {other.path}, they were saved as two arrays"
+                    self.problems.append(f"{place.path}: {problem}")
+                    break
+            before.append(place)
+
+
+class _Place(NamedTuple):
+    """Where a target lies: blocks of so many bytes, which begin at multiples of ``step`` after the first one.
+
+    Attributes:
+        device, begin, end: the address space, the first byte, and the one after the last.
+        block, step: bytes; ``step`` is 0 where there is one block.
+        owner: the saved array that goes there: its component and key.
+        path: what messages call it.
+    """
+
+    device: str
+    begin: int
+    end: int
+    block: int
+    step: int
+    owner: tuple[str, str]
+    path: str
+
+
+def _place_of(layout: Layout, owner: tuple[str, str], path: str) -> _Place:
+    block = DTYPES[layout.dtype].bits // 8
+    strides = [(step * block, length) for step, length in sorted(zip(layout.strides, layout.shape)) if length > 1]
+    end = layout.address + sum((length - 1) * step for step, length in strides) + block
+    while strides and strides[0][0] == block:
+        block *= strides.pop(0)[1]
+    return _Place(layout.device, layout.address, end, block, math.gcd(*(step for step, _ in strides)), owner, path)
+
+
+def _may_share(one: _Place, other: _Place) -> bool:
+    """Whether two places whose ranges overlap may have a byte in common; that they have not is shown by their steps."""
+    step = math.gcd(one.step, other.step)
+    if not step:
+        return True
+    apart = (other.begin - one.begin) % step
+    return one.block > apart or apart + other.block > step
 
 
 def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: int) -> None:
@@ -195,13 +232,14 @@ def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: 
         made = {name: decoder.node(tree[name]) for name in targets}
     for name, target in targets.items():
         if states[name] is target:
-            assign(target, made[name])
+            assign(target, made[name], {id(filled.target) for filled in match.filled})
         else:  # of arrays alone, too: state_dict() may have returned copies
             target.load_state_dict(made[name])  # type: ignore[attr-defined]
 
 
 def _state_of(target: object) -> Any:
-    return target.state_dict() if callable(getattr(target, "state_dict", None)) else target  # type: ignore[attr-defined]
+    has_state = callable(getattr(target, "state_dict", None)) and not isinstance(target, type)
+    return target.state_dict() if has_state else target  # type: ignore[attr-defined]
 
 
 def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int) -> None:
@@ -227,7 +265,7 @@ def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int
                     own = all(filled.memory is not None for filled in targets)
                     put = partial(_put, file, arrays[component][key], node, targets, decoder)
                     (parallel if own else alone).append(put)
-            run(parallel, threads, Stop())
+            run(parallel, threads)
             for put in alone:
                 put()
     for filled in match.filled:
@@ -246,8 +284,8 @@ def _put(
     copy: HostArray | None = stored if file is None else None
     for filled in targets:
         if file is not None and filled.memory is not None and filled.memory.nbytes == end - begin:
+            touched(filled.target)  # first: a read that fails may have changed a part
             file.read_into(begin, filled.memory)
-            touched(filled.target)
             continue
         if copy is None and file is not None:
             copy = stored._replace(data=_read(file, begin, end))
@@ -265,15 +303,20 @@ def _read(file: FileReader, begin: int, end: int) -> memoryview:
     return memory
 
 
-def assign(state: Any, made: Any) -> None:
-    """Put the values of ``made`` into the containers of ``state``; arrays that were filled are in both already."""
+def assign(state: Any, made: Any, filled: Collection[int]) -> None:
+    """Put the values of ``made`` into the containers of ``state``, but for arrays that were filled (by their ids).
+
+    In ``made`` there may be others in their place: one for several that were saved as one.
+    """
     changeable = isinstance(state, (MutableMapping, MutableSequence))
     pairs = made.items() if isinstance(made, Mapping) else enumerate(made)
     for key, value in pairs:
         old = state.get(key) if isinstance(state, Mapping) else state[key] if key < len(state) else None
+        if id(old) in filled:
+            continue
         inside = isinstance(old, (MutableMapping, list)) and isinstance(value, (Mapping, list))
         if (inside and old) or (not changeable and isinstance(old, (Mapping, list, tuple))):
-            assign(old, value)
+            assign(old, value, filled)
         elif isinstance(state, MutableMapping) or (changeable and key < len(state)):
             state[key] = value
         elif changeable:

@@ -1,4 +1,4 @@
-"""What a manager does besides saving, loading and removing: hooks, waiting for background saves, repair, closing."""
+"""What a manager does besides saving, loading and removing: hooks, waiting, safe points, repair, closing."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ManagerLifecycle(CheckpointLoading):
             timeout: seconds, from 0; None waits for as long as it takes.
 
         Returns:
-            True; False when ``timeout`` went by before they were, and in a hook of a background save, where nothing can
-            become durable meanwhile.
+            True, also for what was removed since. False when ``timeout`` went by before they were, and in a hook of a
+            background save, where nothing can become durable meanwhile.
 
         Raises:
             SaveFailedError: it failed (for None: one of them did), and nobody was told yet.
@@ -69,7 +69,11 @@ class ManagerLifecycle(CheckpointLoading):
             check_id(checkpoint_id)
         ended = self._queue.wait(None if checkpoint_id is None else [checkpoint_id], timeout)
         self._queue.raise_failure(checkpoint_id)
-        if checkpoint_id is not None and ended:
+        if (
+            checkpoint_id is not None
+            and ended
+            and checkpoint_id not in self._db.tombstones.buried(self._directory.store_id)
+        ):
             self._record(checkpoint_id)
         return ended
 
@@ -143,6 +147,8 @@ class ManagerLifecycle(CheckpointLoading):
         Raises:
             Preempted: a signal came; the state is durable.
             ConfigurationError: what the function returned is not what ``save_checkpoint`` takes; nothing was saved.
+            Exception: what that function or ``save_checkpoint`` raises; the signal is still noted, for the next safe
+                point and for ``close``.
         """
         if self._signals is None or not self._signals.may_end() or getattr(self._inside, "hook", False):
             return

@@ -71,7 +71,8 @@ class CheckpointLoading(CheckpointRemoval):
             IntegrityError: a file is missing or changed, also of the latest or best; the text names file and digests.
                 With ``fallback``, no sound one is left.
             SaveFailedError: an earlier save in the background failed.
-            ConfigurationError: nothing matches ``keys``, the device cannot be used, or ``on_corruption`` is neither.
+            ConfigurationError: nothing matches ``keys``, the device cannot be used, ``on_corruption`` is neither, or a
+                flag is none.
             HookVetoError: a BEFORE hook stopped it.
             MissingDependencyError: the backend or compression that it was saved with needs a package.
         """
@@ -128,7 +129,7 @@ class CheckpointLoading(CheckpointRemoval):
 
         Raises:
             StateMismatchError: the objects are not as they were when it was saved; the text says where.
-            ConfigurationError: no object is given.
+            ConfigurationError: no object is given, or the flag is none.
             ExperimentNotFoundError, CheckpointNotFoundError, UnknownCheckpointTypeError, IntegrityError, HookVetoError,
             MissingDependencyError, SaveFailedError: as from ``load_checkpoint``; nothing was changed.
             StorageError: the disk failed. If it does so after the verification, the objects are filled in part; so they
@@ -154,7 +155,7 @@ class CheckpointLoading(CheckpointRemoval):
         return self._loaded(record, self._flags(record))
 
     def _experiment_to_load(self, checkpoint_id: str | None, experiment_id: str | None) -> str | None:
-        wanted = experiment_id or self._own_experiment()
+        wanted = self._whose(experiment_id)
         if checkpoint_id is None and wanted is None:
             raise ExperimentNotFoundError("Must provide experiment_id or checkpoint_id when there is no tracker")
         return wanted

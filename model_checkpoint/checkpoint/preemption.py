@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 from weakref import ref
 
-from model_checkpoint.checkpoint.background import end_after_saves
+from model_checkpoint.checkpoint.background import default_handler, end_after_saves
 from model_checkpoint.errors import ConfigurationError, Preempted
 
 
@@ -68,7 +68,7 @@ class SignalWatch:
         watch = getattr(previous, "__self__", None)
         if isinstance(watch, SignalWatch) and watch._stopped:
             return watch._earlier(number)
-        return signal.SIG_DFL if previous is None else previous
+        return default_handler(number) if previous in (None, signal.SIG_DFL) else previous
 
     def stop(self) -> None:
         """Put the handlers back that were there before; where that is not possible now, when the next signal comes."""

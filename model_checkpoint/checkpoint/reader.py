@@ -27,7 +27,7 @@ from model_checkpoint.errors import (
 )
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.integrity.reading import FileReader, map_file, read_parts
-from model_checkpoint.utils.parallel import Stop, run, start, wait_while
+from model_checkpoint.utils.parallel import run, start, wait_while
 
 STATE_FILE = "state.json"
 _HEAD = 8  # bytes that a backend must see to say how long the head of its file is
@@ -173,7 +173,6 @@ class CheckpointReader:
             run(
                 [partial(r.check, *part) for r in readers for part in r.parts([(0, r.content.nbytes)])],
                 self._threads,
-                Stop(),
             )
         self.sound = sound and all(file.sha256 is not None for file in self._manifest.files)
         self.checks = [_told(file) for file in self._manifest.files]
@@ -204,7 +203,7 @@ class CheckpointReader:
         if self._verify:
             self.checks += [_told(file) for file in files]
         tasks = [partial(self._decompressed, *pair) for pair in zip(files, contents)]
-        return dict(zip(map(_plain_name, files), run(tasks, self._threads if _any_compressed(files) else 1, Stop())))
+        return dict(zip(map(_plain_name, files), run(tasks, self._threads if _any_compressed(files) else 1)))
 
     def _open(self, file: FileEntry, stack: ExitStack) -> FileReader:
         if not self._verify:
@@ -252,7 +251,7 @@ def span(reader: FileReader, array: HostArray) -> tuple[int, int]:
     """Return where in its file an array lies whose data is a view of the reader's content: first byte, and the end."""
     if not array.data.nbytes:
         return 0, 0
-    begin = _address(array.data) - _address(reader.content)
+    begin = address_of(array.data) - address_of(reader.content)
     return begin, begin + array.data.nbytes
 
 
@@ -273,5 +272,6 @@ def _plain_name(file: FileEntry) -> str:
     return file.name.removesuffix(SUFFIX.get(file.compression or "", ""))
 
 
-def _address(content: memoryview) -> int:
+def address_of(content: memoryview) -> int:
+    """Return where in memory a writable buffer begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(content))

@@ -26,6 +26,9 @@ from model_checkpoint.utils.jsonable import unescape
 
 log = logging.getLogger(__name__)
 
+# What comes of a manifest that somebody else has sealed, and what is said then.
+_NEVER_SAVED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, DatabaseError)
+_STRANGE = "the manifest of checkpoint %s holds what was never saved: %s"
 _PATIENCE = 10.0  # seconds that ``rebuild`` waits for saves of other processes
 
 
@@ -68,14 +71,14 @@ def decide(
     published: Collection[str],
     staged: Collection[str],
     in_trash: Collection[str],
-    buried: Collection[str],
+    purged: Collection[str],
 ) -> RecoveryReport:
     """Say what to do about each checkpoint, given that no save is under way.
 
     Args:
         statuses: id -> status of the directory's rows.
         published, staged, in_trash: ids of what lies in those places.
-        buried: ids that have a tombstone.
+        purged: ids whose tombstones say that they were removed for good.
 
     Returns:
         The plan, in the form of the report; ``rolled_forward`` are candidates that must still prove to be whole.
@@ -86,8 +89,8 @@ def decide(
         failed=[i for i, status in statuses.items() if status == "saving" and i not in published],
         corrupt=[i for i, status in statuses.items() if status == "committed" and i not in published],
         buried=[i for i in published if statuses.get(i) == "trashed" and i not in in_trash],
-        purged=[i for i in in_trash if i in buried and i not in statuses],
-        readmitted=[i for i in in_trash if i not in buried and i not in statuses and i not in published],
+        purged=[i for i in in_trash if i in purged and i not in statuses],
+        readmitted=[i for i in in_trash if i not in purged and i not in statuses and i not in published],
         left_alone=[i for i in published if statuses.get(i) == "trashed" and i in in_trash],
     )
 
@@ -125,7 +128,7 @@ def _recover(
     found = rows.statuses(store)
     published, strangers = _placed(directory, {key: experiment for key, (_, experiment, _) in found.items()})
     statuses = {key: status for key, (status, *_) in found.items()}
-    report = decide(statuses, published, directory.staged(), directory.in_trash(), graves.buried(store))
+    report = decide(statuses, published, directory.staged(), directory.in_trash(), graves.purged(store))
     report.left_alone += strangers
     _roll_forward(directory, db, best_metrics, published, report)  # before anything that must write to the directory
     for checkpoint_id in report.discarded:
@@ -246,6 +249,7 @@ def rebuild(
         LockTimeoutError: saves of other processes kept the directory busy.
     """
     rows, store = db.checkpoints, directory.store_id
+    rows.open_store(store, directory.path)
     with directory.exclusive(_PATIENCE):
         known = rows.statuses(store)
         experiments = {experiment_id for _, experiment_id, _ in known.values()}
@@ -259,11 +263,15 @@ def rebuild(
             manifest, digest = read_manifest(directory.folder(experiment_id, checkpoint_id))
             if manifest.experiment["id"] != experiment_id:
                 continue  # a copy in the wrong place: recovery says so
-            db.experiments.create(experiment_of(manifest))
-            experiments.add(experiment_id)
             files = [(f.name, f.size, f.sha256) for f in manifest.files]
-            if rows.correct(record_of(manifest, digest), files, manifest.sequence):
-                corrected.append(checkpoint_id)
+            try:
+                db.experiments.create(experiment_of(manifest))
+                if rows.correct(record_of(manifest, digest), files, manifest.sequence):
+                    corrected.append(checkpoint_id)
+            except _NEVER_SAVED as error:
+                log.error(_STRANGE, checkpoint_id, error)
+                continue
+            experiments.add(experiment_id)
             rows.record_verification(checkpoint_id, check, time.time())
         report = _recover(directory, db, best_metrics)
         report.corrected = corrected
@@ -288,8 +296,8 @@ def _admit(
             db.experiments.create(experiment_of(manifest))
             db.checkpoints.commit(record, directory.store_id, files, decide_best, sequence=manifest.sequence)
         return True
-    except (ValueError, TypeError, KeyError, OverflowError, DatabaseError) as error:  # sealed by somebody else
-        log.error("the manifest of checkpoint %s holds what was never saved: %s", manifest.checkpoint_id, error)
+    except _NEVER_SAVED as error:
+        log.error(_STRANGE, manifest.checkpoint_id, error)
         return False
 
 
@@ -297,6 +305,9 @@ def _readmit(directory: CheckpointDirectory, db: EnhancedDatabaseConnection, rep
     for checkpoint_id in list(report.readmitted):
         try:
             manifest, digest = read_manifest(directory.trash_folder(checkpoint_id))
+            home = db.checkpoints.home(checkpoint_id)
+            if home is not None and db.checkpoints.store_path(home[0]) is None:
+                db.checkpoints.adopt(checkpoint_id, directory.store_id)  # its row names a directory that there is not
             known = _admit(directory, db, manifest, digest, lambda record, held, younger: {})
         except (IntegrityError, FormatVersionError) as error:
             log.error("%s", error)

@@ -224,7 +224,7 @@ class CheckpointRemoval(CheckpointCatalog):
             Dicts with ``checkpoint_id``, ``experiment_id``, ``reason`` and ``size`` (bytes).
         """
         names = ("checkpoint_id", "experiment_id", "reason", "size")
-        wanted = experiment_id or self._own_experiment()
+        wanted = self._whose(experiment_id)
         return [dict(zip(names, row)) for row in self._db.tombstones.content(self._directory.store_id, wanted)]
 
     def empty_trash(self, experiment_id: str | None = None) -> int:
@@ -242,4 +242,4 @@ class CheckpointRemoval(CheckpointCatalog):
         """
         self._settle()
         with self._directory.exclusive(_PATIENCE):
-            return self._purge(experiment_id or self._own_experiment())
+            return self._purge(self._whose(experiment_id))

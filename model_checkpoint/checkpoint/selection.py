@@ -59,8 +59,8 @@ def select(components: dict[str, Any], patterns: Sequence[str]) -> dict[str, Any
     if unused:
         known = [path for name, tree in components.items() for path in _leaves(tree, name)]
         raise ConfigurationError(
-            f"keys: nothing in this checkpoint matches {min(unused)!r}; it has {len(known)} keys such as "
-            + ", ".join(known[:_SHOWN])
+            f"keys: nothing in this checkpoint matches {min(unused)!r}; it has {len(known)} keys"
+            + (f" such as {', '.join(known[:_SHOWN])}" if known else "")
         )
     return {name: tree for name, tree in kept.items() if tree is not _NOTHING}
 

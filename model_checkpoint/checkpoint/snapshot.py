@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from model_checkpoint.checkpoint.state import EncodedState
 from model_checkpoint.utils.kernel import fresh_memory
-from model_checkpoint.utils.parallel import Stop, run
+from model_checkpoint.utils.parallel import run
 
 _ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
 _PIECE = 16 << 20  # 16 MiB: large arrays are copied by several threads
@@ -52,7 +52,7 @@ class SnapshotBuffer:
             else:
                 copies += _pieces(source, target)
             named[key] = array._replace(data=target, source=None)
-        run(_batches(copies), threads if size > _PIECE else 1, Stop())
+        run(_batches(copies), threads if size > _PIECE else 1)
         return EncodedState(state.tree, arrays)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -261,7 +261,7 @@ class Decoder:
 
     def _make(self, tree: dict[str, Any], stored: HostArray) -> object:
         dtype, shape = tree["dtype"], tuple(tree["shape"])
-        if dtype not in DTYPES or stored.data.nbytes * 8 != _bits(shape, DTYPES[dtype].bits):
+        if dtype not in DTYPES or not _are_counts(shape) or stored.data.nbytes * 8 != _bits(shape, DTYPES[dtype].bits):
             raise FormatError(
                 f"array {tree['$array']!r} of {tree['of']} is {stored.dtype}{list(stored.shape)} in its file, "
                 f"but {dtype}{list(shape)} in state.json"
@@ -269,8 +269,14 @@ class Decoder:
         return from_host(stored._replace(dtype=dtype, shape=shape, kind=self._kind or tree["kind"]), self._device)
 
     def _view(self, tree: dict[str, Any]) -> object:
-        layout = Layout("", 0, tree["dtype"], tuple(tree["shape"]), tuple(tree["strides"]))
-        return view(self._array(tree["base"]), layout, tree["offset"])
+        shape, strides, offset, base = tuple(tree["shape"]), tuple(tree["strides"]), tree["offset"], tree["base"]
+        if len(shape) != len(strides) or not _are_counts((*shape, *strides, offset)) or "$array" not in base:
+            raise FormatError(f"a view of {base.get('$array')!r} has shape {shape}, strides {strides}, offset {offset}")
+        made = self._array(base)
+        last = offset + sum((n - 1) * step for n, step in zip(shape, strides)) if 0 not in shape else offset - 1
+        if last >= _bits(base["shape"], 1):  # libraries would look there, and find what is somebody else's
+            raise FormatError(f"a view of {base['$array']!r} reaches beyond it, to element {last}")
+        return view(made, Layout("", 0, tree["dtype"], shape, strides), offset)
 
     def _pairs(self, pairs: list[list[Any]]) -> list[tuple[Any, Any]]:
         return [(self.node(key), self.node(value)) for key, value in pairs]
@@ -291,7 +297,11 @@ class Decoder:
         return made
 
 
-def _bits(shape: tuple[int, ...], bits: int) -> int:
+def _are_counts(numbers: Iterable[object]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _bits(shape: Iterable[int], bits: int) -> int:
     for length in shape:
         bits *= length
     return bits
@@ -302,7 +312,13 @@ def _torch_value(text: str, kind: str) -> object:
         import torch
     except ModuleNotFoundError:
         return text  # without torch nobody can use the object; its name is the best there is
-    return torch.device(text) if kind == "device" else getattr(torch, text.removeprefix("torch."))
+    try:
+        made = torch.device(text) if kind == "device" else getattr(torch, text.removeprefix("torch."))
+    except RuntimeError as error:
+        raise FormatError(f"state.json holds {text!r}, which is no {kind} of this torch: {error}") from error
+    if not isinstance(made, (torch.device, torch.dtype)):
+        raise FormatError(f"state.json holds {text!r}, which is no {kind} of torch")
+    return made
 
 
 _TAGS: dict[str, Callable[[Decoder, Any, dict[str, Any]], Any]] = {

@@ -16,6 +16,7 @@ from model_checkpoint.database.models import RECORD, CheckpointRecord, record_of
 from model_checkpoint.database.schema import Executes
 from model_checkpoint.errors import DatabaseError
 from model_checkpoint.utils.jsonable import escape
+from model_checkpoint.utils.names import MAX_SEQUENCE
 
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
@@ -54,7 +55,9 @@ class CheckpointTable:
 
     def revision(self, store_id: str) -> int:
         """Return a number that changes with every change to the store's checkpoints, by whatever process."""
-        return int(self._db.query("SELECT revision FROM stores WHERE id = :id", {"id": store_id})[0][0])
+        for (revision,) in self._db.query("SELECT revision FROM stores WHERE id = :id", {"id": store_id}):
+            return int(revision)
+        raise DatabaseError(f"{self._db!r} has lost the row of checkpoint directory {store_id}; {_REPAIR}")
 
     def begin(self, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
         """Store the intent to save ``record`` (``details``: its ``details_of``); returns its sequence."""
@@ -351,6 +354,8 @@ def _insert(
 ) -> int:
     if sequence is None:
         (sequence,) = connection.execute("SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints").fetchone()
+        if sequence >= MAX_SEQUENCE:
+            raise DatabaseError(f"a checkpoint has the sequence {sequence - 1}, which no save had; {_REPAIR}")
     connection.execute(
         "INSERT INTO checkpoints (id, experiment_id, store_id, sequence, status, checkpoint_type, epoch, step, "
         "details, backend, size, created_at, update_best, owner) VALUES (:id, :experiment, :store, :sequence, "

@@ -263,7 +263,7 @@ class EnhancedDatabaseConnection:
 
     def before_close(self, finish: Callable[[], object]) -> None:
         """Call ``finish``, a method whose object this does not keep alive, before the connections are closed."""
-        self._closers.append(WeakMethod(finish))
+        self._closers = [*(known for known in self._closers if known() is not None), WeakMethod(finish)]
 
     def close(self) -> None:
         """Close every connection, each when its transaction has ended. Closing twice does nothing.

@@ -90,6 +90,11 @@ class TombstoneTable:
         rows = self._db.query("SELECT checkpoint_id FROM tombstones WHERE store_id = :store", {"store": store_id})
         return {checkpoint_id for (checkpoint_id,) in rows}
 
+    def purged(self, store_id: str) -> set[str]:
+        """Return the ids of what was removed for good, so that nothing brings it back."""
+        sql = "SELECT checkpoint_id FROM tombstones WHERE store_id = :store AND purged_at IS NOT NULL"
+        return {checkpoint_id for (checkpoint_id,) in self._db.query(sql, {"store": store_id})}
+
     def purge(self, checkpoint_ids: Sequence[str]) -> None:
         """Forget rows whose files are about to be unlinked; the tombstones stay, so that recovery knows."""
         with self._db.transaction(durable=True) as connection:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from model_checkpoint.errors import FormatVersionError, IntegrityError
-from model_checkpoint.utils.names import is_id
+from model_checkpoint.utils.jsonable import MAX_DEPTH, is_deep
+from model_checkpoint.utils.names import MAX_SEQUENCE, is_id
 
 FILE_NAME = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -106,15 +107,15 @@ def parse_manifest(data: bytes, path: str) -> tuple[Manifest, str]:
     """
     try:
         content = json.loads(data)
+        version = content.get("format_version")
+        if type(version) is int and version > FORMAT_VERSION:  # first: it may look like nothing that we know
+            raise FormatVersionError(path, version, FORMAT_VERSION)
         digest = content.pop(_DIGEST)
         sealed, found = _seal(content)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(path, f"it is not a manifest ({error})") from error
-    version = content.pop("format_version", 0)
-    if type(version) is not int or version < 1:
+    if type(version) is not int or content.pop("format_version") < 1:
         raise IntegrityError(path, f"the manifest has no format version ({version!r})")
-    if version > FORMAT_VERSION:
-        raise FormatVersionError(path, version, FORMAT_VERSION)
     if digest != found or sealed != data:
         raise IntegrityError(path, "the manifest was changed after it was saved", digest, found)
     problem = _problem(content)
@@ -180,9 +181,14 @@ def _problem(content: dict[str, Any]) -> str | None:
         return wrong
     if not is_id(content["checkpoint_id"]) or not is_id(content["experiment"]["id"]):
         return "an id is no UUID"
-    scores = [content["values"]["loss"], content["values"]["val_loss"], *content["values"]["metrics"].values()]
-    if any(not isinstance(s, _SCORE) or (isinstance(s, str) and s not in ("nan", "inf", "-inf")) for s in scores):
+    metrics = content["values"]["metrics"].values()
+    scores = [s for s in (content["values"]["loss"], content["values"]["val_loss"]) if s is not None]
+    if not all(map(_is_score, [*scores, *metrics])):
         return "a score is no number"
+    if not 0 <= content["sequence"] < MAX_SEQUENCE:
+        return f"sequence {content['sequence']} is none that a database counts to"
+    if is_deep(content, MAX_DEPTH + 3):  # config and the like lie two levels deep, and a float may be an object
+        return "it is nested too deeply"
     for file in content["files"]:
         wrong = _mismatch(file, _FILE) if isinstance(file, dict) else "a file is no object"
         if wrong:
@@ -196,6 +202,14 @@ def _problem(content: dict[str, Any]) -> str | None:
     if len({file["name"] for file in content["files"]}) != len(content["files"]):
         return "a file stands twice"
     return None
+
+
+def _is_score(score: object) -> bool:
+    if isinstance(score, str):
+        return score in ("nan", "inf", "-inf")
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        return False
+    return isinstance(score, float) or -(2**63) <= score < 2**63
 
 
 def _fit(states: list[Any], chunk_size: int | None, size: int) -> bool:

@@ -15,7 +15,7 @@ from model_checkpoint.errors import IntegrityError, StorageError
 from model_checkpoint.integrity.manifest import FileEntry
 from model_checkpoint.integrity.sha256 import CHUNK, Sha256, can_resume
 from model_checkpoint.utils.kernel import fresh_memory
-from model_checkpoint.utils.parallel import Stop, run
+from model_checkpoint.utils.parallel import run
 
 _AT_ONCE = 8  # chunks that a thread reads before it takes others
 
@@ -130,9 +130,7 @@ def read_parts(parts: Iterable[tuple[FileReader, int, int]], threads: int) -> No
     Raises:
         IntegrityError, StorageError: see ``FileReader.read``; one of them, when several parts are bad.
     """
-    tasks = [partial(reader.read, begin, end) for reader, begin, end in parts]
-    stop = Stop()
-    run(tasks, threads, stop)
+    run([partial(reader.read, begin, end) for reader, begin, end in parts], threads)
 
 
 def map_file(path: str, size: int) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 from model_checkpoint.errors import StorageError
 from model_checkpoint.utils.names import is_id
@@ -32,6 +33,25 @@ def make_again(*folders: str) -> None:
             except OSError as error:
                 advice = "move away what stands in its place, and check permissions"
                 raise StorageError("make a folder of the checkpoint directory", folder, error, advice) from error
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder that holds files; raises OSError for what cannot be removed.
+
+    ``shutil.rmtree`` closes a descriptor twice when a Ctrl-C comes just after the first time, be it another thread's by
+    then. It is left to folders within, which are not ours.
+    """
+    if os.path.islink(path):
+        os.unlink(path)
+        return
+    with os.scandir(path) as entries:
+        found = list(entries)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+    os.rmdir(path)
 
 
 def id_folders(path: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from model_checkpoint.errors import UnsupportedValueError
 
+MAX_DEPTH = 100  # lists and dicts within one another
 _MAX_BITS = 14_000  # Python reads integers of up to 4,300 digits from text
 _ADVICE = "use a string, number, boolean, None, list or dict with string keys, or convert it with str()"
 
@@ -27,9 +28,23 @@ def to_jsonable(value: Any, path: str) -> Any:
         UnsupportedValueError: a part of it that cannot be stored; the text names its path: ``config.betas[1]``.
     """
     try:
-        return _plain(value, path)
+        made = _plain(value, path)
     except RecursionError:
-        raise UnsupportedValueError(path, value, "it is nested too deeply, or contains itself") from None
+        made = None
+    if (made is None and value is not None) or is_deep(made, MAX_DEPTH):
+        raise UnsupportedValueError(path, value, f"it is nested more than {MAX_DEPTH} levels deep, or contains itself")
+    return made
+
+
+def is_deep(value: Any, levels: int) -> bool:
+    """Whether lists and dicts of ``value`` lie within one another more than ``levels`` deep."""
+    found = [value]
+    for _ in range(levels + 1):
+        below = [item.values() if isinstance(item, dict) else item for item in found if isinstance(item, (dict, list))]
+        if not below:
+            return False
+        found = [item for items in below for item in items]
+    return True
 
 
 def _plain(value: Any, path: str) -> Any:

@@ -39,7 +39,7 @@ class Stop:
     called = False
 
 
-def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Stop) -> list[Result]:
+def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Stop | None = None) -> list[Result]:
     """Call every task once and return their results, in the order of the tasks.
 
     The threads live as long as this call: nothing has to be closed, and a fork finds none of them idle.
@@ -50,9 +50,9 @@ def run(tasks: Sequence[Callable[[], Result]], threads: int, stop: Stop) -> list
         stop: called when a task fails or the caller is interrupted; tasks that take long should look at it and raise.
 
     Raises:
-        BaseException: what the first task that failed raised, when no task is running any more.
+        BaseException: the interrupt that came, else what the first task that failed raised; no task runs any more.
     """
-    given = list(tasks)
+    given, stop = list(tasks), stop or Stop()
     results: list[Result | None] = [None] * len(given)
     failures: list[BaseException] = []
     waiting = iter(range(len(given)))
@@ -101,7 +101,7 @@ def wait_while(
     Args:
         condition: asked after every change.
         changed: gets an item after every change.
-        begin: called first; where an interrupt comes, not again.
+        begin: called first, unless an interrupt comes before; where one comes within, not again.
         stop: called at an interrupt.
 
     Returns:
@@ -109,14 +109,18 @@ def wait_while(
     """
     interrupts: list[BaseException] = []
     while True:
-        try:  # all in here, the call to stop too: whom it wakes may send the next interrupt
-            if begin is not None:
-                first, begin = begin, None
-                first()
-            if interrupts and stop is not None:
-                stop.called = True
-            while condition():
-                changed.get()
-            return interrupts
-        except BaseException as error:  # noqa: BLE001 - the caller raises it
+        try:
+            while True:
+                try:
+                    if interrupts and stop is not None:
+                        stop.called = True
+                    elif begin is not None:
+                        first, begin = begin, None
+                        first()
+                    while condition():
+                        changed.get()
+                    return interrupts
+                except BaseException as error:  # noqa: BLE001 - the caller raises it
+                    interrupts.append(error)
+        except BaseException as error:  # noqa: BLE001 - one that came between the lines of the handler above
             interrupts.append(error)

@@ -462,7 +462,7 @@ class TestMemoryThatIsNotThere:
 
     @needs_numpy
     def test_describing_an_array_with_gaps_copies_nothing(self) -> None:
-        for gaps in (np.ones((64, 64))[:, ::2], np.ones(64)[::-1], np.ones((8, 8)).T):
+        for gaps in (np.ones((64, 64))[:, ::2], np.ones((8, 8)).T):
             adapter = adapter_for(type(gaps))
             assert adapter is not None
             found, whole = adapter.describe(gaps), host(gaps)

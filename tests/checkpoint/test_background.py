@@ -9,6 +9,8 @@ import multiprocessing
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from model_checkpoint.errors import (
 )
 from model_checkpoint.hooks import HookContext, HookEvent
 
+ROOT = Path(__file__).parents[2]
 DEADLINE = 30.0  # seconds that anything may take before it counts as hung
 
 
@@ -260,6 +263,20 @@ def test_commits_come_in_the_order_of_the_calls_whatever_their_kind(make: Make, 
     assert committed == epochs(manager) == list(range(40))
 
 
+def test_a_blocking_save_waits_for_what_its_own_hook_saved_in_the_background(make: Make) -> None:
+    manager = make(async_save=False)
+    inner: list[str] = []
+
+    def save(context: HookContext) -> None:
+        if context.data["epoch"] == 1:
+            inner.append(manager.save_checkpoint(state_of(2), epoch=2, blocking=False))
+
+    manager.register_hook("inner", save, [HookEvent.BEFORE_CHECKPOINT_SAVE])
+    manager.save_checkpoint(state_of(1), epoch=1)
+    assert manager.pending() == []
+    assert epochs(manager) == [2, 1]  # that of the hook was called while this one had not begun to write
+
+
 def test_a_save_beyond_the_bound_waits_and_only_that_one(make: Make, gate: Gate) -> None:
     manager = make(max_pending_saves=2)
     gate.opened.clear()
@@ -464,6 +481,12 @@ def test_options_of_another_kind_are_refused_by_name(make: Make, option: dict[st
         make(**option)
 
 
+@pytest.mark.parametrize("value", [0, 0.0, "", [], 1])
+def test_what_only_counts_as_a_flag_is_none(make: Make, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="blocking must be True or False"):
+        make().save_checkpoint(state_of(1), blocking=value)
+
+
 @pytest.mark.parametrize("flag", ["save_optimizer", "save_scheduler", "compute_checksum", "update_best", "blocking"])
 def test_a_text_in_place_of_a_flag_is_refused_by_name_and_saves_nothing(make: Make, flag: str) -> None:
     manager = make()
@@ -487,6 +510,33 @@ def test_what_a_comparison_of_numpy_returns_is_a_flag(make: Make) -> None:
     manager = make()
     manager.save_checkpoint(state_of(1), loss=1.0, update_best=np.float32(1) < np.float32(0), blocking=np.bool_(True))
     assert [told["is_best_loss"] for told in manager.list_checkpoints()] == [False]
+
+
+def test_what_retention_has_removed_since_was_durable(make: Make) -> None:
+    manager = make(max_checkpoints=1, save_best=False)
+    ids = [manager.save_checkpoint(state_of(epoch), epoch=epoch) for epoch in range(4)]
+    assert all(manager.wait(saved) for saved in ids)
+    assert epochs(manager) == [3]
+
+
+def test_the_interpreter_ends_while_a_daemon_goes_on_saving(tmp_path: Path) -> None:
+    script = f"""
+import threading
+from array import array
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+tracker = ExperimentTracker("run", database_url="sqlite:///{tmp_path}/experiments.db")
+manager = EnhancedCheckpointManager(tracker, "{tmp_path}/c", async_save=True, max_pending_saves=3)
+saved, enough = [], threading.Event()
+def loop():
+    while True:
+        saved.append(manager.save_checkpoint({{"w": array("d", range(1000))}}))
+        if len(saved) > 5:
+            enough.set()
+threading.Thread(target=loop, daemon=True).start()
+assert enough.wait({DEADLINE})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=DEADLINE, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("wrong", [["a"], 7, b"a", "a", "../a"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -405,6 +406,97 @@ def test_targets_that_overlap_and_did_not_when_saved_are_refused(store: Store) -
     matrix = torch.zeros(3, 2)
     store.manager.load_into({"a": matrix[:, 0], "b": matrix[:, 1]}, checkpoint_id=columns)
     assert matrix.tolist() == [[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]]
+
+
+@needs_torch
+def test_arrays_that_overlap_or_were_one_stay_the_objects_that_they_are(store: Store) -> None:
+    flat = torch.arange(10.0)
+    state = {"a": flat[:6], "b": flat[4:]}
+    before, saved = dict(state), store.save(state)
+    flat.zero_()
+    store.manager.load_into(state, checkpoint_id=saved)
+    assert flat.tolist() == list(range(10))
+    assert all(state[name] is before[name] for name in state)
+    for tied in ({"a": flat, "b": flat}, {"a": flat, "b": flat.view(2, 5)[0]}):
+        saved = store.save(tied)
+        apart = {name: torch.zeros_like(tensor) for name, tensor in tied.items()}
+        before = dict(apart)
+        store.manager.load_into(apart, checkpoint_id=saved)
+        assert all(apart[name] is before[name] and torch.equal(apart[name], tied[name]) for name in apart)
+
+
+def buffers() -> tuple[Any, Any]:
+    memory = bytearray(8)
+    return memory, np.frombuffer(memory, dtype=np.uint8)
+
+
+def arrays() -> tuple[Any, Any]:
+    memory = array("d", [0.0] * 4)
+    return memory, np.frombuffer(memory)
+
+
+def views() -> tuple[Any, Any]:
+    memory = array("d", [0.0] * 4)
+    return memory, memoryview(memory)
+
+
+SHARING: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "a matrix and columns of it": lambda: (w := torch.zeros(4, 4), w[:, 1:3]),
+    "columns that overlap": lambda: ((w := torch.zeros(4, 4))[:, 0:2], w[:, 1:3]),
+    "every second and every second of a part": lambda: ((x := torch.zeros(10))[::2], x[2:8:2]),
+    "backwards": lambda: ((x := np.zeros(6))[::-1], x),
+    "backwards in part": lambda: (x := np.zeros(6), x[3:0:-1]),
+    "conjugates": lambda: (w := torch.zeros(3, dtype=torch.complex64), w.conj()),
+    "a buffer and its array": buffers,
+    "an array of Python and NumPy's": arrays,
+    "a memoryview of another": views,
+}
+APART: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "columns": lambda: ((w := torch.zeros(4, 4))[:, 0:2], w[:, 2:4]),
+    "odd and even": lambda: ((x := torch.zeros(10))[::2], x[1::2]),
+    "parts of three matrices in one": lambda: ((w := torch.zeros(3, 6, 2))[:, 0:2], w[:, 4:6]),
+    "one element in a gap": lambda: ((x := torch.zeros(9))[::3], x[4:5]),
+    "rows backwards": lambda: ((x := np.zeros((4, 2)))[1::-1], x[3:1:-1]),
+}
+
+
+@needs_numpy
+@needs_torch
+@pytest.mark.parametrize("case", SHARING)
+def test_targets_that_share_memory_in_whatever_form_are_refused(store: Store, case: str) -> None:
+    one, other = SHARING[case]()
+    saved = store.save({"a": alone(one), "b": alone(other)})
+    before = (exact(alone(one)), exact(alone(other)))
+    with pytest.raises(StateMismatchError, match="shares its memory with"):
+        store.manager.load_into({"a": one, "b": other}, checkpoint_id=saved)
+    assert (exact(alone(one)), exact(alone(other))) == before
+
+
+@needs_numpy
+@needs_torch
+@pytest.mark.parametrize("case", APART)
+def test_targets_side_by_side_are_filled(store: Store, case: str) -> None:
+    one, other = APART[case]()
+    a, b = alone(one), alone(other)
+    a[...], b[...] = 1.0, 2.0
+    store.manager.load_into({"a": one, "b": other}, checkpoint_id=store.save({"a": a, "b": b}))
+    assert exact([alone(one), alone(other)]) == exact([a, b])
+
+
+def alone(target: Any) -> Any:
+    """Return a copy in memory of its own."""
+    if isinstance(target, memoryview):
+        return memoryview(bytearray(target)).cast(target.format)
+    return target.clone().resolve_conj() if isinstance(target, torch.Tensor) else copy.copy(target)
+
+
+def test_a_class_in_place_of_its_object_is_refused(store: Store) -> None:
+    class Model:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(StateMismatchError, match="Model is a class"):
+        store.manager.load_into(Model, checkpoint_id=store.save({}))
 
 
 @needs_torch

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.checkpoint import background
+from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
+from model_checkpoint.checkpoint.storage.safetensors_backend import SafeTensorsBackend
 from model_checkpoint.errors import ConfigurationError, Preempted
 from model_checkpoint.hooks import HookEvent
 
@@ -25,7 +28,10 @@ STATE = {"weight": array("d", range(100))}
 
 
 @pytest.fixture
-def manager(tracker: ExperimentTracker, tmp_path: Path) -> Iterator[EnhancedCheckpointManager]:
+def manager(
+    tracker: ExperimentTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[EnhancedCheckpointManager]:
+    monkeypatch.setattr(background, "_watching", False)  # as where nothing was saved in the background yet
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
@@ -205,6 +211,35 @@ def test_an_earlier_failure_in_the_background_does_not_keep_the_state_from_being
     with pytest.raises(Preempted):
         manager.safe_point()
     assert types(manager) == ["preempted"]
+
+
+def test_a_signal_during_the_wait_for_one_that_fails_still_saves_the_state(
+    manager: EnhancedCheckpointManager,
+) -> None:
+    class Bad(SafeTensorsBackend):
+        def plan(self, *arguments: object) -> list[PlannedFile]:
+            if threading.current_thread() is not threading.main_thread():
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise ValueError("bad disk")
+            return super().plan(*arguments)  # type: ignore[arg-type]
+
+    manager._backend = Bad()
+    manager.save_on_signal(wanted)
+    manager.save_checkpoint(STATE, blocking=False)
+    with pytest.raises(Preempted):
+        manager.save_checkpoint(STATE, checkpoint_type="last")
+    assert types(manager) == ["last"]
+
+
+def test_what_others_save_in_the_background_is_finished_at_sigterm_after_a_watch_has_ended(
+    manager: EnhancedCheckpointManager, tracker: ExperimentTracker, tmp_path: Path
+) -> None:
+    manager.save_on_signal(wanted)
+    with EnhancedCheckpointManager(tracker, tmp_path / "other") as other:
+        other.save_checkpoint(STATE, blocking=False)
+        manager.close()
+        assert signal.getsignal(signal.SIGTERM) is background.end_after_saves
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_a_save_that_failed_in_the_background_is_not_called_durable(

@@ -97,10 +97,8 @@ def open_manager(backend="safetensors"):
 register_storage_backend("dying", Dying)
 if "manager." in call:
     manager = open_manager("dying" if place in ("write", "wait") else "safetensors")
-if place in ("rename", "unlink"):
+if place in ("rename", "unlink", "rmdir"):
     setattr(os, place, dying(getattr(os, place)))
-elif place == "rmtree":
-    shutil.rmtree = dying(shutil.rmtree)
 elif place.startswith("transaction"):
     EnhancedDatabaseConnection.transaction = dying_at(int(place[-1]), EnhancedDatabaseConnection.transaction)
 print(eval(call), flush=True)
@@ -314,8 +312,9 @@ def test_an_undelete_that_was_killed_leaves_the_checkpoint_in_the_trash(world: W
     [
         ("transaction 1", "before", False),
         ("transaction 1", "after", True),
-        ("rmtree", "before", True),
+        ("unlink", "before", True),
         ("unlink", "after", True),
+        ("rmdir", "before", True),
     ],
 )
 def test_emptying_the_trash_that_was_killed_happened_or_can_be_repeated(
@@ -339,7 +338,7 @@ def test_emptying_the_trash_that_was_killed_happened_or_can_be_repeated(
 @pytest.mark.parametrize(
     ("place", "when"),
     [
-        *(("rmtree", "before"), ("unlink", "after"), ("rename", "before"), ("rename", "after")),
+        *((place, when) for place in ("rmdir", "unlink", "rename") for when in ("before", "after")),
         *((f"transaction {n}", "before") for n in (1, 2, 3, 4, 5)),
         ("transaction 5", "after"),
     ],

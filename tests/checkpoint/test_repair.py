@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_storage import Store
+from helpers_storage import Store, reseal
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
+    DatabaseError,
+    ExperimentNotFoundError,
     IntegrityError,
     LockTimeoutError,
     StorageError,
@@ -254,6 +256,58 @@ def test_pins_verifications_and_the_trash_outlive_a_rebuild(store: Store) -> Non
     assert [row["checkpoint_id"] for row in store.manager.list_checkpoints()] == [ids[0], *ids[2:]]
     assert [row["checkpoint_id"] for row in store.manager.list_trash()] == [ids[1]]
     assert store.row(ids[0])["verification"]["verified"]
+
+
+@pytest.mark.parametrize("repair", ["recover", "rebuild_index", "reopen"])
+@pytest.mark.parametrize("wrong", ["no rows", "rows of no directory"])
+def test_what_is_in_the_trash_can_be_brought_back_after_its_row_was_lost(store: Store, repair: str, wrong: str) -> None:
+    ids = save_four(store)
+    store.manager.delete_checkpoint(ids[1])
+    if wrong == "no rows":
+        sql(store, *(f"DELETE FROM {table}" for table in ("files", "best", "verifications", "checkpoints")))
+    else:
+        sql(store, "PRAGMA foreign_keys = OFF", "UPDATE checkpoints SET store_id = 'zz'")
+    if repair == "reopen":
+        store.manager = EnhancedCheckpointManager(store.tracker, store.folder)
+    else:
+        getattr(store.manager, repair)()
+    assert [row["checkpoint_id"] for row in store.manager.list_trash()] == [ids[1]]
+    store.manager.undelete(ids[1])
+    assert [row["checkpoint_id"] for row in store.manager.list_checkpoints()] == ids
+    assert store.load(ids[1])["model_state_dict"] == state_of(2)
+
+
+def test_a_manifest_that_was_sealed_with_nonsense_does_not_keep_the_others_from_repair(store: Store) -> None:
+    ids = save_four(store)
+    reseal(store.path(ids[0]), lambda manifest: manifest["values"].update(config={"$float": "nope"}))
+    reseal(store.path(ids[1]), lambda manifest: manifest["experiment"].update(config={"$float": [1]}))
+    sql(store, "UPDATE checkpoints SET epoch = 77")
+    report = store.manager.rebuild_index()
+    assert sorted(report.corrected) == sorted(ids[2:])
+    assert [row["epoch"] for row in store.manager.list_checkpoints()][2:] == [3, 4]
+
+
+def test_a_directory_that_the_database_has_lost_is_entered_again(store: Store) -> None:
+    ids = save_four(store)
+    sql(store, "PRAGMA foreign_keys = OFF", "DELETE FROM stores")
+    with pytest.raises(DatabaseError, match="rebuild_index"):
+        store.load(ids[0])
+    store.manager.rebuild_index()
+    assert store.load(ids[0])["epoch"] == 1
+    assert store.save(state_of(5), epoch=5)
+
+
+@pytest.mark.parametrize("wrong", ["", 5, b"x", "nope", ["x"]])
+def test_what_is_no_id_of_an_experiment_is_refused_wherever_one_is_asked_for(store: Store, wrong: Any) -> None:
+    save_four(store)
+    store.manager.delete_checkpoint(store.manager.list_checkpoints()[0]["checkpoint_id"])
+    calls = ("list_checkpoints", "list_trash", "empty_trash", "retention_plan", "get_experiment_statistics")
+    for name in (*calls, "verify_experiment_integrity", "load_checkpoint"):
+        with pytest.raises(ExperimentNotFoundError, match="ids are UUIDs as text"):
+            getattr(store.manager, name)(experiment_id=wrong)
+    assert len(store.manager.list_trash()) == 1
+    with pytest.raises(UnknownCheckpointTypeError):
+        store.manager.list_checkpoints(checkpoint_type=[wrong])  # type: ignore[arg-type]
 
 
 def test_a_rebuild_tells_of_corrupt_ones_and_leaves_them_where_they_are(store: Store) -> None:

@@ -701,6 +701,23 @@ class TestRefusals:
         assert uncompressed.round_trip({"w": b"1"}) == {"w": b"1"}
 
 
+HOSTILE_NODES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a stride beyond the memory": lambda tree: tree["c"].update(strides=[2**36]),
+    "one element too far": lambda tree: tree["c"].update(offset=2),
+    "a stride backwards": lambda tree: tree["c"].update(strides=[-1]),
+    "an offset before the memory": lambda tree: tree["c"].update(offset=-1),
+    "more elements than there are": lambda tree: tree["c"].update(shape=[64], strides=[1]),
+    "a shape that is negative": lambda tree: tree["c"].update(shape=[-3]),
+    "a shape of another rank": lambda tree: tree["c"].update(shape=[1, 3]),
+    "a stride that is a fraction": lambda tree: tree["c"].update(strides=[1.5]),
+    "a base that is negative": lambda tree: tree["c"]["base"].update(shape=[-2, -3]),
+    "a base that is a view": lambda tree: tree["c"].update(base=dict(tree["a"])),
+    "an array that is negative": lambda tree: tree.update(c={**tree["c"]["base"], "shape": [6, 1, -1, -1]}),
+    "a function of torch": lambda tree: tree.update(c={"$torch": "torch.load", "type": "dtype"}),
+    "no device of torch": lambda tree: tree.update(c={"$torch": "nowhere", "type": "device"}),
+}
+
+
 class TestDamagedContent:
     @pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"PK\x03\x04" + bytes(60)])
     def test_nonsense_with_the_right_digest_is_an_integrity_error(
@@ -720,6 +737,26 @@ class TestDamagedContent:
         folder = plain.path(checkpoint_id)
         plain.close()
         replace_file(folder, "state.json", content)
+        with reopen_without_database(tmp_path) as manager, pytest.raises(IntegrityError):
+            manager.load_checkpoint(checkpoint_id)
+
+    @pytest.mark.parametrize(
+        "kind", [pytest.param("torch", marks=needs_torch), pytest.param("numpy", marks=needs_numpy)]
+    )
+    @pytest.mark.parametrize("harm", HOSTILE_NODES)
+    def test_a_sealed_tree_that_reaches_beyond_its_arrays_is_an_integrity_error(
+        self, tmp_path: Path, kind: str, harm: str
+    ) -> None:
+        plain = Store(tmp_path, "safetensors")
+        whole = torch.arange(6.0) if kind == "torch" else np.arange(6.0, dtype=np.float32)
+        checkpoint_id = plain.save({"a": whole[:4], "b": whole[2:], "c": whole.reshape(3, 2)[:, 0]})
+        folder = plain.path(checkpoint_id)
+        assert plain.load(checkpoint_id)["model_state_dict"]["c"].tolist() == [0.0, 2.0, 4.0]
+        plain.close()
+        tree = json.loads((folder / "state.json").read_bytes())
+        assert "$view" in tree["model"]["c"]
+        HOSTILE_NODES[harm](tree["model"])
+        replace_file(folder, "state.json", json.dumps(tree).encode())
         with reopen_without_database(tmp_path) as manager, pytest.raises(IntegrityError):
             manager.load_checkpoint(checkpoint_id)
 

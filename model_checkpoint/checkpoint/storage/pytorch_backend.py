@@ -30,9 +30,8 @@ class PyTorchBackend(StorageBackend):
         torch = require("torch", "torch", "the pytorch storage backend")
         arrays = _own_storages(state.arrays)
         decoder = _TorchDecoder(lambda component, key: arrays[component][key], kind="torch")
-        content: dict[str, Any] = {
-            f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()
-        }
+        content: dict[str, Any] = {"model_state_dict": None}
+        content |= {f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()}
         content["arrays"] = {
             component: {key: decoder.array(component, key, array) for key, array in named.items()}
             for component, named in arrays.items()

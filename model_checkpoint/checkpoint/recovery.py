@@ -189,7 +189,7 @@ def _damaged(
     def size(path: str) -> int:
         try:
             return os.stat(path, follow_symlinks=False).st_size
-        except OSError:
+        except (OSError, ValueError):  # the latter from a NUL in a damaged row
             return -1
 
     bad = []

@@ -297,6 +297,16 @@ def test_a_directory_that_the_database_has_lost_is_entered_again(store: Store) -
     assert store.save(state_of(5), epoch=5)
 
 
+def test_a_row_with_a_nul_in_a_name_is_corrupt_until_it_is_written_anew(store: Store) -> None:
+    ids = save_four(store)
+    sql(store, "UPDATE files SET name = 'a' || char(0) || name")
+    report = store.manager.recover()
+    assert report is not None
+    assert sorted(report.corrupt) == sorted(ids)
+    store.manager.rebuild_index()
+    assert {row["status"] for row in store.manager.list_checkpoints()} == {"committed"}
+
+
 @pytest.mark.parametrize("wrong", ["", 5, b"x", "nope", ["x"]])
 def test_what_is_no_id_of_an_experiment_is_refused_wherever_one_is_asked_for(store: Store, wrong: Any) -> None:
     save_four(store)

@@ -109,8 +109,7 @@ class SaveQueue:
 
     def _take_place(self, checkpoint_id: str) -> bool:
         ending = _ending and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        # At the end of the interpreter, which waits for us but not for daemons: one that goes on saving put it off.
-        ending = ending or (threading.current_thread().daemon and not threading.main_thread().is_alive())
+        ending = ending or (threading.current_thread().daemon and _only_saves_are_left())
         if len(self.jobs) >= self._limit or (ending and not any(queue.is_worker() for queue in _all_queues())):
             return False  # the latter for good: what is acknowledged now would be lost. A worker's is waited for
         self.jobs[checkpoint_id] = None
@@ -265,6 +264,12 @@ def end_after_saves(number: int, frame: FrameType | None) -> None:
 def _all_queues() -> list[SaveQueue]:
     """Return the queues that there are; they come and go in other threads, and a copy of the dict is taken at once."""
     return [queue for reference in _queues.copy().values() if (queue := reference()) is not None]
+
+
+def _only_saves_are_left() -> bool:
+    """Whether the interpreter waits for nothing but us at its end: a daemon that goes on saving would put it off."""
+    ours = [threading.main_thread(), *(queue._worker for queue in _all_queues())]
+    return not threading.main_thread().is_alive() and all(t.daemon or t in ours for t in threading.enumerate())
 
 
 def _end_if_idle() -> None:

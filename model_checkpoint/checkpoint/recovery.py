@@ -306,7 +306,11 @@ def _readmit(directory: CheckpointDirectory, db: EnhancedDatabaseConnection, rep
         try:
             manifest, digest = read_manifest(directory.trash_folder(checkpoint_id))
             home = db.checkpoints.home(checkpoint_id)
-            if home is not None and db.checkpoints.store_path(home[0]) is None:
+            if home is not None and db.checkpoints.store_path(home[0]) is not None:
+                report.readmitted.remove(checkpoint_id)
+                report.copies.append(checkpoint_id)
+                continue  # the trash of a directory that was copied: the original's row is not ours to change
+            if home is not None:
                 db.checkpoints.adopt(checkpoint_id, directory.store_id)  # its row names a directory that there is not
             known = _admit(directory, db, manifest, digest, lambda record, held, younger: {})
         except (IntegrityError, FormatVersionError) as error:

@@ -213,6 +213,7 @@ class Decoder:
         self._device = device
         self._kind = kind
         self._made: dict[tuple[object, ...], object] = {}
+        self._told: dict[tuple[object, ...], tuple[Any, Any]] = {}  # dtype and shape of what was made
 
     def node(self, tree: Any) -> Any:
         """Return the object that ``tree`` describes.
@@ -238,6 +239,9 @@ class Decoder:
             name: tuple[object, ...] = (tree["of"], tree["$array"])
         else:
             name = (tree["of"], tree["$view"], tree["offset"], *tree["shape"], *tree["strides"])
+        told = (tree["dtype"], tree["shape"])
+        if self._told.setdefault(name, told) != told:  # a view of it would be measured by the wrong one
+            raise FormatError(f"state.json says of {name[1]!r} that it is {told} and {self._told[name]}")
         if name not in self._made:
             self._made[name] = self._load(tree) if "$array" in tree else self._view(tree)
         return self._made[name]
@@ -250,10 +254,12 @@ class Decoder:
 
     def place(self, tree: dict[str, Any], stored: HostArray) -> None:
         """Make the array that the node ``tree`` refers to from what was ``stored``, before the tree is decoded."""
+        self._told[tree["of"], tree["$array"]] = (tree["dtype"], tree["shape"])
         self._made[tree["of"], tree["$array"]] = self._make(tree, stored)
 
     def adopt(self, tree: dict[str, Any], array: object) -> None:
         """Let the node ``tree`` decode to ``array``, which holds the stored values already."""
+        self._told[tree["of"], tree["$array"]] = (tree["dtype"], tree["shape"])
         self._made[tree["of"], tree["$array"]] = array
 
     def _load(self, tree: dict[str, Any]) -> object:
@@ -298,7 +304,7 @@ class Decoder:
 
 
 def _are_counts(numbers: Iterable[object]) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 def _bits(shape: Iterable[int], bits: int) -> int:

@@ -539,6 +539,27 @@ assert enough.wait({DEADLINE})
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+def test_a_daemon_saves_on_while_a_thread_that_is_none_waits_for_it_at_the_end(tmp_path: Path) -> None:
+    script = f"""
+import threading
+from array import array
+from concurrent.futures import Future
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+tracker = ExperimentTracker("run", database_url="sqlite:///{tmp_path}/experiments.db")
+manager = EnhancedCheckpointManager(tracker, "{tmp_path}/c", async_save=True)
+saved, main = Future(), threading.main_thread()
+def daemon():
+    main.join()
+    saved.set_result(manager.save_checkpoint({{"w": array("d", range(1000))}}))
+def training():
+    print(saved.result({DEADLINE}))
+threading.Thread(target=daemon, daemon=True).start()
+threading.Thread(target=training).start()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=2 * DEADLINE, capture_output=True)
+    assert (ended.returncode, len(ended.stdout.strip()), ended.stderr) == (0, 36, b"")
+
+
 @pytest.mark.parametrize("wrong", [["a"], 7, b"a", "a", "../a"])
 def test_what_is_no_id_is_refused_as_one_that_is_not_there(make: Make, wrong: Any) -> None:
     manager = make()

@@ -297,6 +297,21 @@ def test_a_directory_that_the_database_has_lost_is_entered_again(store: Store) -
     assert store.save(state_of(5), epoch=5)
 
 
+def test_the_trash_of_a_copied_directory_does_not_touch_what_was_brought_back_in_the_original(
+    store: Store, tmp_path: Path
+) -> None:
+    ids = save_four(store)
+    store.manager.delete_checkpoint(ids[0])
+    shutil.copytree(store.folder, tmp_path / "copy")
+    store.manager.undelete(ids[0])
+    with EnhancedCheckpointManager(store.tracker, tmp_path / "copy") as copied:
+        report = copied.recover()
+    assert report is not None
+    assert ids[0] in report.copies
+    store.manager.recover()
+    assert store.load(ids[0])["model_state_dict"] == state_of(1)
+
+
 def test_a_row_with_a_nul_in_a_name_is_corrupt_until_it_is_written_anew(store: Store) -> None:
     ids = save_four(store)
     sql(store, "UPDATE files SET name = 'a' || char(0) || name")

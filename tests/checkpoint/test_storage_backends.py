@@ -712,6 +712,10 @@ HOSTILE_NODES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a stride that is a fraction": lambda tree: tree["c"].update(strides=[1.5]),
     "a base that is negative": lambda tree: tree["c"]["base"].update(shape=[-2, -3]),
     "a base that is a view": lambda tree: tree["c"].update(base=dict(tree["a"])),
+    "a base that another node has made": lambda tree: tree.update(
+        {"0": {**tree["c"]["base"]}, "c": {**tree["c"], "base": {**tree["c"]["base"], "shape": [99]}, "offset": 50}}
+    ),
+    "a stride beyond 64 bits": lambda tree: tree["c"].update(strides=[2**70]),
     "an array that is negative": lambda tree: tree.update(c={**tree["c"]["base"], "shape": [6, 1, -1, -1]}),
     "a function of torch": lambda tree: tree.update(c={"$torch": "torch.load", "type": "dtype"}),
     "no device of torch": lambda tree: tree.update(c={"$torch": "nowhere", "type": "device"}),

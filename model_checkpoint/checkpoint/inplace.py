@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
-from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, fill, touched
-from model_checkpoint.checkpoint.reader import CheckpointReader, address_of, not_stored, span
+from model_checkpoint.arrays import HostArray, Layout, adapter_for, fill, touched
+from model_checkpoint.checkpoint.places import Place, overlaps_itself, place_of, shared
+from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
 from model_checkpoint.checkpoint.selection import children, references
 from model_checkpoint.checkpoint.state import Decoder
 from model_checkpoint.errors import StateMismatchError
@@ -52,7 +52,7 @@ class Match:
         self.fresh: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self._bare = False
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
 
     def compare_part(self, tree: Any, target: object, state: Any, name: str) -> None:
         """Note how a component's tree fits an object.
@@ -133,70 +133,16 @@ class Match:
                 self.problems.append(f"{path}: cannot be changed, and is in a tuple, which cannot either; use a list")
         elif not getattr(getattr(target, "flags", None), "writeable", True):
             self.problems.append(f"{path}: is read-only")
-        elif isinstance(found.identity, Layout) and _overlaps_itself(found.identity):
+        elif isinstance(found.identity, Layout) and overlaps_itself(found.identity):
             self.problems.append(f"{path}: several of its elements are one place in memory, as after expand()")
         else:
             self.filled.append(Filled(tree, target, _own_memory(found)))
-            self._note_place(found, tree, path)
-
-    def _note_place(self, found: HostArray, tree: dict[str, Any], path: str) -> None:
-        """Note where in memory a target lies, to find two saved arrays that would go into one place."""
-        base = tree if "$array" in tree else tree["base"]
-        owner = (base["of"], base["$array"])
-        if isinstance(found.identity, Layout):
-            self._places.append(_place_of(found.identity, owner, path))
-        elif found.data.nbytes:
-            begin = address_of(found.data)
-            self._places.append(_Place("cpu", begin, begin + found.data.nbytes, found.data.nbytes, 0, owner, path))
+            place = place_of(found, tree, path)
+            self._places += [] if place is None else [place]
 
     def find_shared(self) -> None:
-        """Refuse that two saved arrays go into one place: arrays that share memory now, and did not then."""
-        before: list[_Place] = []  # that reach beyond the beginning of the next one
-        for place in sorted(self._places):
-            before = [other for other in before if other.device == place.device and other.end > place.begin]
-            for other in before:
-                if other.owner != place.owner and _may_share(other, place):
-                    problem = f"shares its memory with {other.path}, they were saved as two arrays"
-                    self.problems.append(f"{place.path}: {problem}")
-                    break
-            before.append(place)
-
-
-class _Place(NamedTuple):
-    """Where a target lies: blocks of so many bytes, which begin at multiples of ``step`` after the first one.
-
-    Attributes:
-        device, begin, end: the address space, the first byte, and the one after the last.
-        block, step: bytes; ``step`` is 0 where there is one block.
-        owner: the saved array that goes there: its component and key.
-        path: what messages call it.
-    """
-
-    device: str
-    begin: int
-    end: int
-    block: int
-    step: int
-    owner: tuple[str, str]
-    path: str
-
-
-def _place_of(layout: Layout, owner: tuple[str, str], path: str) -> _Place:
-    block = DTYPES[layout.dtype].bits // 8
-    strides = [(step * block, length) for step, length in sorted(zip(layout.strides, layout.shape)) if length > 1]
-    end = layout.address + sum((length - 1) * step for step, length in strides) + block
-    while strides and strides[0][0] == block:
-        block *= strides.pop(0)[1]
-    return _Place(layout.device, layout.address, end, block, math.gcd(*(step for step, _ in strides)), owner, path)
-
-
-def _may_share(one: _Place, other: _Place) -> bool:
-    """Whether two places whose ranges overlap may have a byte in common; that they have not is shown by their steps."""
-    step = math.gcd(one.step, other.step)
-    if not step:
-        return True
-    apart = (other.begin - one.begin) % step
-    return one.block > apart or apart + other.block > step
+        """Refuse targets that share memory otherwise than what goes there did when it was saved."""
+        self.problems += shared(self._places)
 
 
 def load_into(reader: CheckpointReader, targets: Mapping[str, object], threads: int) -> None:
@@ -342,16 +288,6 @@ def _described(value: object) -> HostArray | None:
         return None if adapter is None else adapter.describe(value)
     except ValueError:
         return None  # an array that cannot be saved, so it was not
-
-
-def _overlaps_itself(layout: Layout) -> bool:
-    reach = 1  # elements that the dimensions of smaller strides cover
-    for step, length in sorted(zip(layout.strides, layout.shape)):
-        if length > 1:
-            if step < reach:
-                return True
-            reach += (length - 1) * step
-    return False
 
 
 def _own_memory(array: HostArray) -> memoryview | None:

@@ -54,19 +54,22 @@ class SignalWatch:
         if self.received is not None and not self._stopped and os.getpid() == self._process:
             os.kill(os.getpid(), self.received)
 
+    def _notes(self) -> bool:
+        """Whether signals are noted: not when stopped by another thread, without an owner, or in a child."""
+        return not self._stopped and self._owner() is not None and os.getpid() == self._process
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Stopped by another thread, without an owner, or in a child: not ours to note.
-        if self._stopped or self._owner() is None or os.getpid() != self._process:
+        if not self._notes():
             signal.signal(number, self._earlier(number))
             signal.raise_signal(number)
         elif self.received is None:
             self.received = number
 
     def _earlier(self, number: int) -> Any:
-        """Return the handler that was there before this one, and before those of other watches that were stopped."""
+        """Return the handler that was there before this one, and before other watches that note nothing any more."""
         previous = self._previous.get(number)
         watch = getattr(previous, "__self__", None)
-        if isinstance(watch, SignalWatch) and watch._stopped:
+        if isinstance(watch, SignalWatch) and not watch._notes():
             return watch._earlier(number)
         return default_handler(number) if previous in (None, signal.SIG_DFL) else previous
 

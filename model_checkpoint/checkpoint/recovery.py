@@ -253,7 +253,7 @@ def rebuild(
     with directory.exclusive(_PATIENCE):
         known = rows.statuses(store)
         experiments = {experiment_id for _, experiment_id, _ in known.values()}
-        corrected, corrupt = [], []
+        corrected, corrupt, skipped = [], [], []
         for experiment_id, checkpoint_id in directory.published():
             status = known.get(checkpoint_id, ("trashed",))[0]  # without a row: recovery makes one, or says why not
             check = verify_folder(directory.folder(experiment_id, checkpoint_id)) if status != "trashed" else {}
@@ -270,11 +270,13 @@ def rebuild(
                     corrected.append(checkpoint_id)
             except _NEVER_SAVED as error:
                 log.error(_STRANGE, checkpoint_id, error)
+                skipped.append(checkpoint_id)
                 continue
             experiments.add(experiment_id)
             rows.record_verification(checkpoint_id, check, time.time())
         report = _recover(directory, db, best_metrics)
         report.corrected = corrected
+        report.left_alone += [i for i in skipped if i not in report.left_alone]
         for checkpoint_id in set(corrupt) - set(report.corrupt):
             problem = f"checkpoint {checkpoint_id} is corrupt, nothing was removed"
             rows.record_verification(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())

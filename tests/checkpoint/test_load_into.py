@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import subprocess
 import sys
 from array import array
@@ -16,6 +17,8 @@ import pytest
 from helpers_storage import Store, exact, needs_numpy, needs_torch, needs_zstandard, np, torch
 
 import model_checkpoint.integrity.sha256 as sha256
+from model_checkpoint.arrays import HostArray, Layout
+from model_checkpoint.checkpoint.places import place_of, shared
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, IntegrityError, StateMismatchError
 
 ROOT = Path(__file__).parents[2]
@@ -446,6 +449,8 @@ SHARING: dict[str, Callable[[], tuple[Any, Any]]] = {
     "every second and every second of a part": lambda: ((x := torch.zeros(10))[::2], x[2:8:2]),
     "backwards": lambda: ((x := np.zeros(6))[::-1], x),
     "backwards in part": lambda: (x := np.zeros(6), x[3:0:-1]),
+    "blocks of a cube with one row in common": lambda: ((w := torch.zeros(2, 4, 8))[:, :2, :4], w[:, 1:, :4]),
+    "steps of two and of three": lambda: ((x := torch.zeros(20))[::2], x[1::3]),
     "conjugates": lambda: (w := torch.zeros(3, dtype=torch.complex64), w.conj()),
     "a buffer and its array": buffers,
     "an array of Python and NumPy's": arrays,
@@ -456,6 +461,8 @@ APART: dict[str, Callable[[], tuple[Any, Any]]] = {
     "odd and even": lambda: ((x := torch.zeros(10))[::2], x[1::2]),
     "parts of three matrices in one": lambda: ((w := torch.zeros(3, 6, 2))[:, 0:2], w[:, 4:6]),
     "one element in a gap": lambda: ((x := torch.zeros(9))[::3], x[4:5]),
+    "blocks of a cube": lambda: ((w := torch.zeros(2, 4, 8))[:, :2, :4], w[:, 2:, :4]),
+    "steps of two and of four": lambda: ((x := torch.zeros(20))[::2], x[1::4]),
     "rows backwards": lambda: ((x := np.zeros((4, 2)))[1::-1], x[3:1:-1]),
 }
 
@@ -481,6 +488,62 @@ def test_targets_side_by_side_are_filled(store: Store, case: str) -> None:
     a[...], b[...] = 1.0, 2.0
     store.manager.load_into({"a": one, "b": other}, checkpoint_id=store.save({"a": a, "b": b}))
     assert exact([alone(one), alone(other)]) == exact([a, b])
+
+
+@needs_torch
+def test_parts_of_one_saved_array_are_filled_only_where_they_share_memory_as_they_did(store: Store) -> None:
+    flat, other = torch.arange(10.0), torch.zeros(12)
+    views = store.save({"a": flat[:6], "b": flat[4:]})
+    with pytest.raises(StateMismatchError, match="saved otherwise"):
+        store.manager.load_into({"a": other[:6], "b": other[5:11]}, checkpoint_id=views)
+    tied = store.save({"a": flat[:4], "b": flat[:4]})
+    with pytest.raises(StateMismatchError, match="saved otherwise"):
+        store.manager.load_into({"a": other[:4], "b": other[1:5]}, checkpoint_id=tied)
+    square = flat[:9].view(3, 3)
+    turned = store.save({"a": square, "b": square.T})
+    with pytest.raises(StateMismatchError, match="saved otherwise"):
+        store.manager.load_into({"a": other[:9].view(3, 3), "b": other[:9].view(3, 3)}, checkpoint_id=turned)
+    assert other.tolist() == [0.0] * 12
+    store.manager.load_into({"a": other[1:7], "b": other[5:11]}, checkpoint_id=views)
+    assert other.tolist() == [0.0, *range(10), 0.0]
+    whole = other[:9].view(3, 3)
+    store.manager.load_into({"a": whole, "b": whole.T}, checkpoint_id=turned)
+    assert whole.tolist() == square.tolist()
+    store.manager.load_into({"a": other[:4], "b": other[:4]}, checkpoint_id=tied)
+    assert other[:4].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@needs_numpy
+def test_places_share_a_byte_exactly_when_numpy_says_so() -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    memory = np.zeros((4, 6, 5))
+    told = {True: 0, False: 0}
+    for _ in range(500):
+        one, other = (memory[tuple(cut(chance, length) for length in memory.shape)] for _ in range(2))
+        places = [
+            place_of(HostArray("float64", x.shape, EMPTY, "numpy", layout(x)), NODES[i], str(i))
+            for i, x in enumerate((one, other))
+        ]
+        found = bool(shared([place for place in places if place is not None]))
+        assert found == np.shares_memory(one, other), (one.__array_interface__, other.__array_interface__)
+        told[found] += 1
+    assert min(told.values()) > 20
+
+
+EMPTY = memoryview(b"")
+NODES: list[dict[str, Any]] = [{"$array": name, "of": "model"} for name in "ab"]
+
+
+def cut(chance: random.Random, length: int) -> slice:
+    begin = chance.randrange(length)
+    return slice(begin, chance.randint(begin + 1, length), chance.choice([1, 1, 2, 3]))
+
+
+def layout(view: Any) -> Layout:
+    strides = tuple(step // view.itemsize for step in view.strides)
+    return Layout("cpu", view.ctypes.data, "float64", view.shape, strides)
 
 
 def alone(target: Any) -> Any:

@@ -242,6 +242,21 @@ def test_what_others_save_in_the_background_is_finished_at_sigterm_after_a_watch
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+def test_a_watch_after_one_whose_manager_is_gone_ends_the_process_in_its_own_way(
+    manager: EnhancedCheckpointManager, tracker: ExperimentTracker, tmp_path: Path
+) -> None:
+    gone = EnhancedCheckpointManager(tracker, tmp_path / "gone")
+    gone.save_on_signal(wanted)
+    del gone
+    gc.collect()
+    manager.save_on_signal(wanted)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Preempted) as ended:
+        manager.safe_point()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert types(manager) == ["preempted"]
+
+
 def test_a_save_that_failed_in_the_background_is_not_called_durable(
     manager: EnhancedCheckpointManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:

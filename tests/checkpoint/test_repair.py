@@ -284,6 +284,7 @@ def test_a_manifest_that_was_sealed_with_nonsense_does_not_keep_the_others_from_
     sql(store, "UPDATE checkpoints SET epoch = 77")
     report = store.manager.rebuild_index()
     assert sorted(report.corrected) == sorted(ids[2:])
+    assert sorted(report.left_alone) == sorted(ids[:2])
     assert [row["epoch"] for row in store.manager.list_checkpoints()][2:] == [3, 4]
 
 

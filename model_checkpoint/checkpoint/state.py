@@ -276,7 +276,8 @@ class Decoder:
 
     def _view(self, tree: dict[str, Any]) -> object:
         shape, strides, offset, base = tuple(tree["shape"]), tuple(tree["strides"]), tree["offset"], tree["base"]
-        if len(shape) != len(strides) or not _are_counts((*shape, *strides, offset)) or "$array" not in base:
+        counts = _are_counts((*shape, *strides, offset)) and _bits(shape, 64) < 2**63  # bytes, as libraries count
+        if len(shape) != len(strides) or not counts or "$array" not in base:
             raise FormatError(f"a view of {base.get('$array')!r} has shape {shape}, strides {strides}, offset {offset}")
         made = self._array(base)
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides)) if 0 not in shape else offset - 1

@@ -716,6 +716,7 @@ HOSTILE_NODES: dict[str, Callable[[dict[str, Any]], object]] = {
         {"0": {**tree["c"]["base"]}, "c": {**tree["c"], "base": {**tree["c"]["base"], "shape": [99]}, "offset": 50}}
     ),
     "a stride beyond 64 bits": lambda tree: tree["c"].update(strides=[2**70]),
+    "more bytes than 63 bits count": lambda tree: tree["c"].update(shape=[2**62, 4], strides=[0, 0]),
     "an array that is negative": lambda tree: tree.update(c={**tree["c"]["base"], "shape": [6, 1, -1, -1]}),
     "a function of torch": lambda tree: tree.update(c={"$torch": "torch.load", "type": "dtype"}),
     "no device of torch": lambda tree: tree.update(c={"$torch": "nowhere", "type": "device"}),

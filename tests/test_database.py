@@ -821,7 +821,7 @@ def test_what_a_forked_child_stores_survives_that_the_parent_closes(tmp_path: Pa
     code, experiment = done.stdout.split() or ("", "")
     assert code == "0", done.stderr
     database = EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/e.db")
-    assert [value for _, value, *_ in database.experiments.points(experiment)] == [0.5]
+    assert [value for _, value, *_ in database.metrics.points(experiment)] == [0.5]
     found = database.checkpoints.of_experiment(experiment)
     assert [record.sequence for record in found] == [2, 3]
     database.close()

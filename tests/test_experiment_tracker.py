@@ -59,7 +59,7 @@ def stored(url: str, experiment_id: str) -> list[tuple[str, float, int | None]]:
     """What another connection sees, without asking the tracker to flush first."""
     database = EnhancedDatabaseConnection(url)
     try:
-        return [(name, value, step) for name, value, step, _ in database.experiments.points(experiment_id)]
+        return [(name, value, step) for name, value, step, _ in database.metrics.points(experiment_id)]
     finally:
         database.close()
 
@@ -515,7 +515,7 @@ def test_flush_makes_points_visible_to_another_process_at_once(run: ExperimentTr
     seen = python(
         "import sys\n"
         "from model_checkpoint.database import EnhancedDatabaseConnection\n"
-        "for point in EnhancedDatabaseConnection(sys.argv[2]).experiments.points(sys.argv[1]): print(point[:3])",
+        "for point in EnhancedDatabaseConnection(sys.argv[2]).metrics.points(sys.argv[1]): print(point[:3])",
         run.experiment_id,
         url,
     )
@@ -648,7 +648,7 @@ def test_points_survive_a_locked_database_and_are_stored_once_by_a_later_flush(
         run.log_metric("a", 3.0, step=2)
         with pytest.raises(RuntimeError, match="runs\\.db"):
             run.flush()
-        assert observer.experiments.points(run.experiment_id) == []
+        assert observer.metrics.points(run.experiment_id) == []
     finally:
         blocker.execute("ROLLBACK")
         blocker.close()
@@ -707,7 +707,7 @@ def test_points_survive_a_full_disk_and_are_stored_once_when_there_is_space(tmp_
     path = str(tmp_path / "runs.db")
     assert python(FULL_DISK, path).split() == ["refused", "True", "refused", "True", "True"]
     with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT COUNT(*) FROM metric_points").fetchone() == (5001,)
+        assert connection.execute("SELECT SUM(points) FROM blocks").fetchone() == (5001,)
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
 

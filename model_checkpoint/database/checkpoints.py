@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Scores = Mapping[str, float]  # criterion -> value
 Decide = Callable[[CheckpointRecord, Scores, Collection[str]], Scores]
 
+_FILE = ("id", "name", "size", "sha256")
+_INSERT_FILE = "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (:id, :name, :size, :sha256)"
 _LIVE = "('committed', 'corrupt')"
 _REPAIR = "rebuild_index() writes rows anew from the manifests, and so does opening the directory with a new database"
 
@@ -100,9 +102,7 @@ class CheckpointTable:
             )
             connection.execute("DELETE FROM files WHERE checkpoint_id = :id", bind)  # of an earlier try
             for file in files:
-                connection.execute(
-                    "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)", (record.id, *file)
-                )
+                connection.execute(_INSERT_FILE, dict(zip(_FILE, (record.id, *file))))
             holders, younger = {}, set()
             for criterion, value, began_later in connection.execute(
                 "SELECT b.criterion, b.value, h.sequence > r.sequence FROM best b "
@@ -132,20 +132,15 @@ class CheckpointTable:
         bind["update_best"] = int(record.update_best)
         columns = [name for name in bind if name != "id"]
         with self._db.transaction(durable=True) as connection:
-            same = " AND ".join(f"{name} IS :{name}" for name in columns)
             rows = connection.execute("SELECT name, size, sha256 FROM files WHERE checkpoint_id = :id", bind).fetchall()
-            if (
-                sorted(rows) == sorted(files)
-                and connection.execute(f"SELECT 1 FROM checkpoints WHERE id = :id AND {same}", bind).fetchone()
-            ):
+            sql = f"SELECT {', '.join(columns)} FROM checkpoints WHERE id = :id"
+            found = connection.execute(sql, bind).fetchone()
+            if sorted(rows) == sorted(files) and tuple(found or ()) == tuple(bind[name] for name in columns):
                 return False
             change = ", ".join(f"{name} = :{name}" for name in columns)
             connection.execute(f"UPDATE checkpoints SET {change} WHERE id = :id", bind)
             connection.execute("DELETE FROM files WHERE checkpoint_id = :id", bind)
-            connection.executemany(
-                "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (?, ?, ?, ?)",
-                [(record.id, *file) for file in files],
-            )
+            connection.executemany(_INSERT_FILE, [dict(zip(_FILE, (record.id, *file))) for file in files])
             _bump_of(connection, record.id)
         return True
 
@@ -160,7 +155,7 @@ class CheckpointTable:
     def _change(self, checkpoint_id: str, change: str, only_if: str) -> bool:
         with self._db.transaction(durable=True) as connection:
             sql = f"UPDATE checkpoints SET {change} WHERE id = :id AND {only_if}"
-            changed = connection.execute(sql, {"id": checkpoint_id}).rowcount > 0
+            changed = bool(connection.execute(sql, {"id": checkpoint_id}).rowcount)
             _bump_of(connection, checkpoint_id)
         return changed
 
@@ -379,11 +374,14 @@ def _insert(
 
 
 def _hold(connection: Executes, experiment_id: str, criterion: str, checkpoint_id: str, value: float) -> None:
+    bind = {"experiment": experiment_id, "criterion": criterion, "id": checkpoint_id, "value": repr(value)}
+    sql = "SELECT COUNT(*) FROM best WHERE experiment_id = :experiment"
+    (bind["position"],) = connection.execute(sql, bind).fetchone()
     connection.execute(
-        "INSERT INTO best (experiment_id, criterion, checkpoint_id, value, position) VALUES (:experiment, "
-        ":criterion, :id, :value, (SELECT COUNT(*) FROM best WHERE experiment_id = :experiment)) "
+        "INSERT INTO best (experiment_id, criterion, checkpoint_id, value, position) "
+        "VALUES (:experiment, :criterion, :id, :value, :position) "
         "ON CONFLICT (experiment_id, criterion) DO UPDATE SET checkpoint_id = :id, value = :value",
-        {"experiment": experiment_id, "criterion": criterion, "id": checkpoint_id, "value": repr(value)},
+        bind,
     )
 
 

@@ -1,19 +1,16 @@
-"""Experiments, their tags, parameters and metrics: the SQL and nothing else."""
+"""Experiments, their tags and parameters: the SQL and nothing else."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import ExperimentRecord
-from model_checkpoint.database.schema import Executes
 from model_checkpoint.utils.jsonable import dumps, flatten, loads
 
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
-
-Point = tuple[str, float, int | None, float]  # name, value, step, timestamp
 
 _COLUMNS = "id, name, project, parent_id, status, created_at, ended_at, config, metadata"
 
@@ -27,23 +24,22 @@ class ExperimentTable:
 
     def __init__(self, db: EnhancedDatabaseConnection) -> None:
         self._db = db
-        self._series: dict[tuple[str, str], int] = {}  # rows of metric_series never change
 
     def create(self, experiment: ExperimentRecord) -> None:
         """Store a new experiment, durably; one that exists already stays as it is."""
         with self._db.transaction(durable=True) as connection:
-            known = connection.execute("SELECT 1 FROM experiments WHERE id = :id", {"id": experiment.id}).fetchone()
-            if known:
+            known = "SELECT id FROM experiments WHERE id = :id"
+            if connection.execute(known, {"id": experiment.id}).fetchone():
                 return
+            parent = connection.execute(known, {"id": experiment.parent_id}).fetchone()
             connection.execute(
                 f"INSERT INTO experiments ({_COLUMNS}) VALUES "
-                "(:id, :name, :project, (SELECT id FROM experiments WHERE id = :parent), :status, :created, :ended, "
-                ":config, :metadata)",
+                "(:id, :name, :project, :parent, :status, :created, :ended, :config, :metadata)",
                 {
                     "id": experiment.id,
                     "name": experiment.name,
                     "project": experiment.project,
-                    "parent": experiment.parent_id,
+                    "parent": parent[0] if parent else None,
                     "status": experiment.status,
                     "created": experiment.created_at,
                     "ended": experiment.ended_at,
@@ -62,11 +58,10 @@ class ExperimentTable:
     def set_parent(self, experiment_id: str, parent_id: str | None) -> None:
         """Put an experiment that has no parent under one that exists; does nothing otherwise."""
         with self._db.transaction(durable=True) as connection:
-            connection.execute(
-                "UPDATE experiments SET parent_id = (SELECT id FROM experiments WHERE id = :parent) "
-                "WHERE id = :id AND parent_id IS NULL",
-                {"id": experiment_id, "parent": parent_id},
-            )
+            bind = {"id": experiment_id, "parent": parent_id}
+            if connection.execute("SELECT 1 FROM experiments WHERE id = :parent", bind).fetchone():
+                sql = "UPDATE experiments SET parent_id = :parent WHERE id = :id AND parent_id IS NULL"
+                connection.execute(sql, bind)
 
     def get(self, experiment_id: str) -> ExperimentRecord | None:
         """Return the experiment, or None."""
@@ -123,49 +118,3 @@ class ExperimentTable:
                 "UPDATE experiments SET status = :status, ended_at = :ended WHERE id = :id",
                 {"id": experiment_id, "status": status, "ended": None if status == "running" else time.time()},
             )
-
-    def append_points(self, experiment_id: str, points: Sequence[Point]) -> None:
-        """Store metric points behind those of the experiment, in one transaction and in their order."""
-        with self._db.transaction() as connection:
-            bind = {"id": experiment_id, "n": len(points)}
-            connection.execute("UPDATE experiments SET points = points + :n WHERE id = :id", bind)
-            ((total,),) = self._db.query("SELECT points FROM experiments WHERE id = :id", {"id": experiment_id})
-            series = {name: self._series_id(connection, experiment_id, name) for name in {p[0] for p in points}}
-            connection.executemany(
-                "INSERT INTO metric_points (series_id, position, step, value, special, timestamp) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (series[name], position, step, *_columns(v), at)
-                    for position, (name, v, step, at) in enumerate(points, total - len(points))
-                ],
-            )
-        self._series.update({(experiment_id, name): number for name, number in series.items()})
-
-    def _series_id(self, connection: Executes, experiment_id: str, name: str) -> int:
-        if (experiment_id, name) in self._series:
-            return self._series[experiment_id, name]
-        bind = {"id": experiment_id, "name": name}
-        connection.execute(
-            "INSERT INTO metric_series (experiment_id, name) VALUES (:id, :name) "
-            "ON CONFLICT (experiment_id, name) DO NOTHING",
-            bind,
-        )
-        find = "SELECT id FROM metric_series WHERE experiment_id = :id AND name = :name"
-        return int(connection.execute(find, bind).fetchone()[0])
-
-    def points(self, experiment_id: str, name: str | None = None) -> list[Point]:
-        """Return the points in the order logged, of one metric or of all."""
-        only = "" if name is None else "AND s.name = :name"
-        rows = self._db.query(
-            "SELECT s.name, p.value, p.special, p.step, p.timestamp FROM metric_points p "
-            f"JOIN metric_series s ON s.id = p.series_id WHERE s.experiment_id = :id {only} ORDER BY p.position",
-            {"id": experiment_id, "name": name},
-        )
-        return [(n, float(special) if value is None else value, step, at) for n, value, special, step, at in rows]
-
-
-def _columns(value: float) -> tuple[float | None, str | None]:
-    """Return what stands in ``value`` and ``special``: no database keeps NaN, the infinities and -0.0 all by itself."""
-    if value - value == 0 and (value or repr(value) == "0.0"):
-        return value, None
-    return None, repr(value)

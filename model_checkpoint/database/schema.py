@@ -7,22 +7,30 @@ which (MySQL has neither, SQLite turns NaN into NULL), and scores are JSON text 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from model_checkpoint.database.columns import Columns
+from model_checkpoint.database.metrics import Summary, add_points
 from model_checkpoint.errors import FormatVersionError
 
 
 class Executes(Protocol):
-    """What a migration needs of a connection in a transaction."""
+    """A connection in a transaction. The binds of a statement are ``:name``, and its values a dict by name."""
 
     def execute(self, sql: str, parameters: Any = ..., /) -> Any: ...
 
+    def executemany(self, sql: str, parameters: Any, /) -> Any: ...
 
-_MIGRATIONS: list[Callable[[Executes], None]] = []
+    def load(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], /) -> None:
+        """Insert many rows in the fastest way that the database has."""
 
 
-def migration(function: Callable[[Executes], None]) -> Callable[[Executes], None]:
+Migration = Callable[[Executes, Mapping[str, str]], None]
+_MIGRATIONS: list[Migration] = []
+
+
+def migration(function: Migration) -> Migration:
     """Register the next migration; its place in this file is its number, from 1."""
     _MIGRATIONS.append(function)
     return function
@@ -33,82 +41,147 @@ def latest_version() -> int:
     return len(_MIGRATIONS)
 
 
-def migrate(connection: Executes, name: str) -> None:
-    """Bring a database up to date, inside the transaction that the caller holds.
+def migrate_once(connection: Executes, name: str, types: Mapping[str, str]) -> bool:
+    """Apply the next migration, inside the transaction that the caller holds; returns whether there are more.
 
     Args:
-        connection: in a write transaction, so that two processes cannot both migrate.
+        connection: in a transaction that has the database alone, so that two processes cannot both migrate.
         name: the database, for errors.
+        types: what the tables are made of in this database: ``id`` (text that is a key), ``name`` (text of up to 500
+            characters that is a key), ``text``, ``big`` (64-bit integer), ``real`` (64-bit float), ``blob`` (bytes),
+            ``serial`` (a key that numbers itself), ``prefix`` (how much of a text an index takes), ``end`` and
+            ``clustered`` (behind a table's columns).
 
     Raises:
         FormatVersionError: it was written by a newer version of this package; nothing was changed.
     """
     connection.execute(
-        "CREATE TABLE IF NOT EXISTS migrations "
-        "(number INTEGER PRIMARY KEY, name TEXT NOT NULL, applied_at REAL NOT NULL)"
+        "CREATE TABLE IF NOT EXISTS migrations ("
+        "number INTEGER PRIMARY KEY, name {text} NOT NULL, applied_at {real} NOT NULL){end}".format_map(types)
     )
     (version,) = connection.execute("SELECT COALESCE(MAX(number), 0) FROM migrations").fetchone()
+    check_version(version, name)
+    if version == latest_version():  # another process was faster
+        return False
+    function = _MIGRATIONS[version]
+    function(connection, types)
+    connection.execute(
+        "INSERT INTO migrations (number, name, applied_at) VALUES (:number, :name, :now)",
+        {"number": version + 1, "name": function.__name__, "now": time.time()},
+    )
+    return bool(version + 1 < latest_version())
+
+
+def check_version(version: int, name: str) -> None:
+    """Refuse a database that a newer version of this package has written.
+
+    Raises:
+        FormatVersionError: it was.
+    """
     if version > latest_version():
         raise FormatVersionError(f"database {name}", version, latest_version())
-    for number, function in enumerate(_MIGRATIONS[version:], version + 1):
-        function(connection)
-        connection.execute(
-            "INSERT INTO migrations VALUES (:number, :name, :now)",
-            {"number": number, "name": function.__name__, "now": time.time()},
-        )
 
 
 @migration
-def create_tables(connection: Executes) -> None:
+def create_tables(connection: Executes, types: Mapping[str, str]) -> None:
     """The first schema."""
-    for statement in _FIRST_SCHEMA.split(";"):
+    for statement in _FIRST_SCHEMA.format_map(types).split(";"):
         connection.execute(statement)
 
 
+@migration
+def points_in_blocks(connection: Executes, types: Mapping[str, str]) -> None:
+    """Points move from a row each to blocks of them, series get summaries, writers are known by name."""
+    for statement in _BLOCKS.format_map(types).split(";"):
+        connection.execute(statement)
+    rows = connection.execute("SELECT id, experiment_id, name FROM metric_series ORDER BY id").fetchall()
+    for number, experiment_id, name in rows:
+        found = connection.execute(
+            "SELECT position, value, special, step, timestamp FROM metric_points WHERE series_id = :id "
+            "ORDER BY position",
+            {"id": number},
+        ).fetchall()
+        bind = {"experiment": experiment_id, "name": name}
+        connection.execute("INSERT INTO series (experiment_id, name) VALUES (:experiment, :name)", bind)
+        ((new,),) = connection.execute(
+            "SELECT id FROM series WHERE experiment_id = :experiment AND name = :name", bind
+        ).fetchall()
+        if found:
+            points = [
+                (name, float(special) if value is None else value, step, at) for _, value, special, step, at in found
+            ]
+            columns = Columns.of_points([row[0] for row in found], points)
+            add_points(connection, {name: (new, None, *Summary())}, {name: columns})
+    # The tables go in a step of their own: a server that commits every change of a table by itself must find
+    # either the rows or the record of this step.
+    connection.execute("DELETE FROM metric_points")
+    connection.execute("DELETE FROM metric_series")
+
+
+@migration
+def drop_rows_of_points(connection: Executes, types: Mapping[str, str]) -> None:
+    """The tables that the step before has emptied."""
+    connection.execute("DROP TABLE IF EXISTS metric_points")
+    connection.execute("DROP TABLE IF EXISTS metric_series")
+
+
+_BLOCKS = """
+CREATE TABLE series (
+    id {serial}, experiment_id {id} NOT NULL REFERENCES experiments(id), attempt {big} NOT NULL DEFAULT 0,
+    name {name} NOT NULL, open_block {big}, points {big} NOT NULL DEFAULT 0, numbers {big} NOT NULL DEFAULT 0,
+    total {real} NOT NULL DEFAULT 0, last {real}, last_step {big}, low {real}, low_step {big}, high {real},
+    high_step {big}, UNIQUE (experiment_id, attempt, name)){end};
+CREATE TABLE blocks (
+    series_id {big} NOT NULL REFERENCES series(id), first_position {big} NOT NULL, points {big} NOT NULL,
+    peaks {blob} NOT NULL, data {blob} NOT NULL, PRIMARY KEY (series_id, first_position)){end};
+CREATE TABLE writers (
+    id {id} PRIMARY KEY, batch {big} NOT NULL, written_at {real} NOT NULL){end}
+"""
+
 _FIRST_SCHEMA = """
 CREATE TABLE experiments (
-    id TEXT PRIMARY KEY, name TEXT NOT NULL, project TEXT, parent_id TEXT REFERENCES experiments(id),
-    status TEXT NOT NULL, created_at REAL NOT NULL, ended_at REAL,
-    config TEXT NOT NULL, metadata TEXT NOT NULL, points INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX experiments_by_project ON experiments (project, created_at);
+    id {id} PRIMARY KEY, name {text} NOT NULL, project {text}, parent_id {id} REFERENCES experiments(id),
+    status {text} NOT NULL, created_at {real} NOT NULL, ended_at {real},
+    config {text} NOT NULL, metadata {text} NOT NULL, points {big} NOT NULL DEFAULT 0){end};
+CREATE INDEX experiments_by_project ON experiments (project{prefix}, created_at);
 CREATE TABLE tags (
-    experiment_id TEXT NOT NULL REFERENCES experiments(id), tag TEXT NOT NULL, position INTEGER NOT NULL,
-    PRIMARY KEY (experiment_id, tag)) WITHOUT ROWID;
+    experiment_id {id} NOT NULL REFERENCES experiments(id), tag {name} NOT NULL, position {big} NOT NULL,
+    PRIMARY KEY (experiment_id, tag)){clustered};
 CREATE TABLE parameters (
-    experiment_id TEXT NOT NULL REFERENCES experiments(id), name TEXT NOT NULL, number REAL, text TEXT,
-    PRIMARY KEY (experiment_id, name)) WITHOUT ROWID;
+    experiment_id {id} NOT NULL REFERENCES experiments(id), name {name} NOT NULL, number {real}, text {text},
+    PRIMARY KEY (experiment_id, name)){clustered};
 CREATE INDEX parameters_by_number ON parameters (name, number);
 CREATE TABLE metric_series (
-    id INTEGER PRIMARY KEY, experiment_id TEXT NOT NULL REFERENCES experiments(id), name TEXT NOT NULL,
-    UNIQUE (experiment_id, name));
+    id {serial}, experiment_id {id} NOT NULL REFERENCES experiments(id), name {name} NOT NULL,
+    UNIQUE (experiment_id, name)){end};
 CREATE TABLE metric_points (
-    series_id INTEGER NOT NULL REFERENCES metric_series(id), position INTEGER NOT NULL, step INTEGER,
-    value REAL, special TEXT, timestamp REAL NOT NULL,
-    PRIMARY KEY (series_id, position)) WITHOUT ROWID;
+    series_id {big} NOT NULL REFERENCES metric_series(id), position {big} NOT NULL, step {big},
+    value {real}, special {text}, timestamp {real} NOT NULL,
+    PRIMARY KEY (series_id, position)){clustered};
 CREATE TABLE stores (
-    id TEXT PRIMARY KEY, path TEXT NOT NULL, revision INTEGER NOT NULL DEFAULT 0);
+    id {id} PRIMARY KEY, path {text} NOT NULL, revision {big} NOT NULL DEFAULT 0){end};
 CREATE TABLE checkpoints (
-    id TEXT PRIMARY KEY, experiment_id TEXT NOT NULL REFERENCES experiments(id),
-    store_id TEXT NOT NULL REFERENCES stores(id), sequence INTEGER NOT NULL, status TEXT NOT NULL,
-    checkpoint_type TEXT NOT NULL, epoch INTEGER NOT NULL, step INTEGER NOT NULL, details TEXT NOT NULL,
-    backend TEXT NOT NULL, size INTEGER NOT NULL, created_at REAL NOT NULL, pinned INTEGER NOT NULL DEFAULT 0,
-    update_best INTEGER NOT NULL, manifest_sha256 TEXT, metric_position INTEGER, owner TEXT NOT NULL);
+    id {id} PRIMARY KEY, experiment_id {id} NOT NULL REFERENCES experiments(id),
+    store_id {id} NOT NULL REFERENCES stores(id), sequence {big} NOT NULL, status {id} NOT NULL,
+    checkpoint_type {text} NOT NULL, epoch {big} NOT NULL, step {big} NOT NULL, details {text} NOT NULL,
+    backend {text} NOT NULL, size {big} NOT NULL, created_at {real} NOT NULL, pinned {big} NOT NULL DEFAULT 0,
+    update_best {big} NOT NULL, manifest_sha256 {text}, metric_position {big}, owner {text} NOT NULL){end};
 CREATE INDEX checkpoints_by_sequence ON checkpoints (store_id, experiment_id, status, sequence);
 CREATE INDEX checkpoints_in_order ON checkpoints (sequence);
 CREATE TABLE files (
-    checkpoint_id TEXT NOT NULL REFERENCES checkpoints(id), name TEXT NOT NULL, size INTEGER NOT NULL, sha256 TEXT,
-    PRIMARY KEY (checkpoint_id, name)) WITHOUT ROWID;
+    checkpoint_id {id} NOT NULL REFERENCES checkpoints(id), name {name} NOT NULL, size {big} NOT NULL, sha256 {text},
+    PRIMARY KEY (checkpoint_id, name)){clustered};
 CREATE TABLE best (
-    experiment_id TEXT NOT NULL REFERENCES experiments(id), criterion TEXT NOT NULL,
-    checkpoint_id TEXT NOT NULL REFERENCES checkpoints(id), value TEXT NOT NULL, position INTEGER NOT NULL,
-    PRIMARY KEY (experiment_id, criterion)) WITHOUT ROWID;
+    experiment_id {id} NOT NULL REFERENCES experiments(id), criterion {name} NOT NULL,
+    checkpoint_id {id} NOT NULL REFERENCES checkpoints(id), value {text} NOT NULL, position {big} NOT NULL,
+    PRIMARY KEY (experiment_id, criterion)){clustered};
 CREATE INDEX best_by_checkpoint ON best (checkpoint_id);
 CREATE TABLE verifications (
-    id INTEGER PRIMARY KEY, checkpoint_id TEXT NOT NULL REFERENCES checkpoints(id), verified_at REAL NOT NULL,
-    verified INTEGER NOT NULL, error TEXT, files TEXT NOT NULL);
+    id {serial}, checkpoint_id {id} NOT NULL REFERENCES checkpoints(id), verified_at {real} NOT NULL,
+    verified {big} NOT NULL, error {text}, files {text} NOT NULL){end};
 CREATE INDEX verifications_by_checkpoint ON verifications (checkpoint_id, id);
 CREATE TABLE tombstones (
-    checkpoint_id TEXT PRIMARY KEY, experiment_id TEXT NOT NULL, store_id TEXT NOT NULL, reason TEXT NOT NULL,
-    generation INTEGER NOT NULL, deleted_at REAL NOT NULL, purged_at REAL);
+    checkpoint_id {id} PRIMARY KEY, experiment_id {id} NOT NULL, store_id {id} NOT NULL, reason {text} NOT NULL,
+    generation {big} NOT NULL, deleted_at {real} NOT NULL, purged_at {real}){end};
 CREATE INDEX tombstones_in_trash ON tombstones (store_id, experiment_id, purged_at, generation)
 """

@@ -7,8 +7,9 @@ import fcntl
 import logging
 import os
 import sqlite3
+from collections.abc import Sequence
 from io import FileIO
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 
@@ -28,6 +29,10 @@ class SQLiteConnection(sqlite3.Connection):
     guard: FileIO | None = None
     inode: int | None = None
 
+    def load(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], /) -> None:
+        """See ``schema.Executes``."""
+        self.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows)
+
 
 class SQLiteDialect:
     """Opens SQLite databases.
@@ -37,15 +42,26 @@ class SQLiteDialect:
         busy_timeout: seconds that a statement waits for another writer.
 
     Attributes:
-        name: ``sqlite``.
+        types: what tables are made of, see ``schema.migrate_once``.
         in_memory: whether it is no file, so that every connection would be a database of its own.
         begin: the statements that open a write transaction, by whether its commit must survive power loss.
     """
 
-    name: ClassVar[str] = "sqlite"
     begin: ClassVar[dict[bool, tuple[str, str]]] = {
         True: ("PRAGMA synchronous=FULL", "BEGIN IMMEDIATE"),
         False: ("PRAGMA synchronous=NORMAL", "BEGIN IMMEDIATE"),
+    }
+    types: ClassVar[dict[str, str]] = {
+        "id": "TEXT",
+        "name": "TEXT",
+        "text": "TEXT",
+        "big": "INTEGER",
+        "real": "REAL",
+        "blob": "BLOB",
+        "serial": "INTEGER PRIMARY KEY",
+        "prefix": "",
+        "end": "",
+        "clustered": " WITHOUT ROWID",
     }
     # The second one comes from damaged text in the file.
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, UnicodeDecodeError)

@@ -53,7 +53,7 @@ class TombstoneTable:
             verified = connection.execute(
                 "SELECT verified FROM verifications WHERE checkpoint_id = :id ORDER BY id DESC LIMIT 1", bind
             ).fetchone()
-            bind["status"] = "corrupt" if verified == (0,) else "committed"
+            bind["status"] = "corrupt" if verified and not verified[0] else "committed"
             connection.execute("UPDATE checkpoints SET status = :status WHERE id = :id", bind)
             connection.execute("DELETE FROM tombstones WHERE checkpoint_id = :id", bind)
             bump(connection, store_id)
@@ -77,11 +77,11 @@ class TombstoneTable:
             experiment_id: only of this experiment.
             before_generation: only of passes before this one.
         """
+        only = "" if experiment_id is None else "AND t.experiment_id = :experiment "
+        only += "" if before_generation is None else "AND t.generation < :generation "
         return self._db.query(
-            "SELECT t.checkpoint_id, t.experiment_id, t.reason, c.size FROM tombstones t "
-            "JOIN checkpoints c ON c.id = t.checkpoint_id WHERE t.store_id = :store AND t.purged_at IS NULL "
-            "AND (:experiment IS NULL OR t.experiment_id = :experiment) "
-            "AND (:generation IS NULL OR t.generation < :generation) ORDER BY t.deleted_at",
+            "SELECT t.checkpoint_id, t.experiment_id, t.reason, c.size FROM tombstones t JOIN checkpoints c "
+            f"ON c.id = t.checkpoint_id WHERE t.store_id = :store AND t.purged_at IS NULL {only}ORDER BY t.deleted_at",
             {"store": store_id, "experiment": experiment_id, "generation": before_generation},
         )
 

@@ -52,7 +52,8 @@ class BatchedWriter(Generic[Row]):
     def _start_afresh(self) -> None:
         self._thread: threading.Thread | None = None
         self._calls: SimpleQueue[_Ticket | None] = SimpleQueue()  # None: there are rows
-        self._called = False
+        self._called = False  # whether the thread knows that there are rows
+        self._full = False  # and that they are enough
         self._writing = threading.Lock()
         self._resting = False
         self._warned = False
@@ -73,15 +74,25 @@ class BatchedWriter(Generic[Row]):
         self.pending.clear()
         self._start_afresh()
 
+    def put(self, row: Row) -> None:
+        """Collect a row and return; it is on its way to ``write`` within ``max_age`` seconds."""
+        self.pending.append(row)
+        if not self._called or (len(self.pending) >= self._max_rows and not self._full):
+            self._call()
+
     def extend(self, rows: Iterable[Row]) -> None:
-        """Collect rows and return; they are on their way to ``write`` within ``max_age`` seconds."""
+        """Collect rows and return; see ``put``."""
         self.pending.extend(rows)
+        if not self._called or (len(self.pending) >= self._max_rows and not self._full):
+            self._call()
+
+    def _call(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="model-checkpoint-writer", daemon=True)
             self._thread.start()
-        if not self._called or len(self.pending) >= self._max_rows:
-            self._called = True
-            self._calls.put(None)
+        self._called = True
+        self._full = len(self.pending) >= self._max_rows
+        self._calls.put(None)
 
     def _run(self) -> None:
         ticket: _Ticket | None = None
@@ -93,7 +104,7 @@ class BatchedWriter(Generic[Row]):
                     ticket = self._calls.get(timeout=max(0.0, deadline - time.monotonic()))
                 except Empty:
                     break
-            self._called = False
+            self._called = self._full = False
             self._try_to_write(ticket)
 
     def _try_to_write(self, ticket: _Ticket | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.database.experiments import Point
+from model_checkpoint.database.metrics import Logged
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import (
     ConfigurationError,
@@ -108,7 +108,7 @@ class ExperimentTracker:
         self.version = 0  # grows when config or tags change, so that a manager knows
         self._ended = False
         self._names: set[str] = set()  # metric names that were found good
-        self._writer: BatchedWriter[Point] = BatchedWriter(partial(database.experiments.append_points, experiment.id))
+        self._writer: BatchedWriter[Logged] = BatchedWriter(partial(database.metrics.append, experiment.id))
         self.unflushed = self._writer.pending
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
         self._finish = weakref.finalize(self, _finish, self._writer, database)
@@ -124,14 +124,18 @@ class ExperimentTracker:
         Raises:
             UnsupportedValueError: ``value`` is no single number, ``name`` no text, or ``step`` no 64-bit integer.
         """
-        self.log_metrics({name: value}, step)
+        if self._ended:
+            raise self._closed()
+        if type(name) is not str or name not in self._names:
+            self._names.add(text(name, "metric name"))
+        if type(value) is not float:
+            value = to_number(value, f"metrics.{name}")
+        self._writer.put((name, value, None if step is None else to_step(step), time.time()))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log the values of several metrics at one step; see ``log_metric``. Either all or none are logged."""
         if self._ended:
-            raise DatabaseError(
-                f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
-            )
+            raise self._closed()
         if not isinstance(metrics, Mapping):
             raise UnsupportedValueError("metrics", metrics, "it must be a dict of names and numbers")
         at = time.time()
@@ -144,6 +148,11 @@ class ExperimentTracker:
                 (name, value if type(value) is float else to_number(value, f"metrics.{name}"), where, at)
                 for name, value in metrics.items()
             ]
+        )
+
+    def _closed(self) -> DatabaseError:
+        return DatabaseError(
+            f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
         )
 
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
@@ -190,7 +199,7 @@ class ExperimentTracker:
         self.flush()
         return [
             {"metric_name": name, "metric_value": value, "step": step, "timestamp": at}
-            for name, value, step, at in self.database.experiments.points(self.experiment_id, metric_name)
+            for name, value, step, at in self.database.metrics.points(self.experiment_id, metric_name)
         ]
 
     def generate_report(self, format_type: str = "html", output_dir: str = ".") -> str:
@@ -250,7 +259,7 @@ class ExperimentTracker:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
 
 
-def _finish(writer: BatchedWriter[Point], database: EnhancedDatabaseConnection) -> None:
+def _finish(writer: BatchedWriter[Logged], database: EnhancedDatabaseConnection) -> None:
     try:
         writer.close()
     finally:

@@ -38,7 +38,7 @@ from array import array
 from contextlib import contextmanager
 from model_checkpoint import EnhancedCheckpointManager, register_storage_backend
 from model_checkpoint.checkpoint.storage import PlannedFile, StorageBackend
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.sqlite_pool import SQLitePool
 
 folder, experiment, place, when, call = sys.argv[1:]
 
@@ -100,7 +100,7 @@ if "manager." in call:
 if place in ("rename", "unlink", "rmdir"):
     setattr(os, place, dying(getattr(os, place)))
 elif place.startswith("transaction"):
-    EnhancedDatabaseConnection.transaction = dying_at(int(place[-1]), EnhancedDatabaseConnection.transaction)
+    SQLitePool.transaction = dying_at(int(place[-1]), SQLitePool.transaction)
 print(eval(call), flush=True)
 """
 

@@ -39,7 +39,7 @@ url = f"sqlite:///{folder}/e.db"
 def tell(*words):
     print(*words, flush=True)
 
-def widen(connection):
+def widen(connection, types):
     "Rebuild the largest table with a column more, as migrations of SQLite do."
     connection.execute("CREATE TABLE wider AS SELECT *, 'new' AS added FROM checkpoints")
     connection.execute("DROP TABLE checkpoints")
@@ -205,7 +205,7 @@ def test_kills_amid_recovery_and_rebuilding_lose_nothing(
     tried(kills)
 
 
-def widen(connection: schema.Executes) -> None:
+def widen(connection: schema.Executes, types: object) -> None:
     """The child's migration."""
     connection.execute("CREATE TABLE wider AS SELECT *, 'new' AS added FROM checkpoints")
     connection.execute("DROP TABLE checkpoints")

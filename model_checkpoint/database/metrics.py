@@ -1,0 +1,254 @@
+"""Metrics: their series, blocks of points and summaries. The SQL and nothing else."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from model_checkpoint.database.columns import MAX_POINTS, Columns, Point, decode
+from model_checkpoint.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
+    from model_checkpoint.database.schema import Executes
+
+Logged = Point | tuple[str, Columns]  # what a writer collects: one point, or many of one metric
+
+_OPEN_BELOW = 512  # points; a block with fewer is read and written again when more come, one with more is closed
+_LARGEST = 1.7976931348623157e308  # stands for infinity in summaries: MySQL has none
+_NAMES_AT_ONCE = 500  # of a statement; SQLite takes 32,766 binds, some servers fewer
+
+
+class Summary(NamedTuple):
+    """What is known of a series without reading it.
+
+    Attributes:
+        points: how many were logged.
+        numbers: how many of them are not NaN.
+        total: the sum of those.
+        last, last_step: the last point; NaN is None.
+        low, low_step, high, high_step: the smallest and the largest number and the step of the first that has it.
+    """
+
+    points: int = 0
+    numbers: int = 0
+    total: float = 0.0
+    last: float | None = None
+    last_step: int | None = None
+    low: float | None = None
+    low_step: int | None = None
+    high: float | None = None
+    high_step: int | None = None
+
+    def plus(self, more: Columns) -> Summary:
+        """Return the summary with ``more`` points behind those that it is of."""
+        low, low_step, high, high_step, numbers, total = *self[5:], self.numbers, self.total
+        indices = more.extremes()
+        for index in indices:
+            value = _storable(more.values[index])
+            if value is not None and (low is None or value < low):
+                low, low_step = value, more.step(index)
+            if value is not None and (high is None or value > high):
+                high, high_step = value, more.step(index)
+        present = [value for value in more.values if value == value]
+        total = _storable(total + sum(present)) or 0.0
+        last = _storable(more.values[-1])
+        return Summary(
+            self.points + len(more), numbers + len(present), total, last, more.step(-1), low, low_step, high, high_step
+        )
+
+
+_SUMMARY = ", ".join(Summary._fields)
+_SET_SUMMARY = ", ".join(f"{name} = :{name}" for name in Summary._fields)
+
+
+class MetricTable:
+    """The tables of metrics.
+
+    Args:
+        db: the database that they are in.
+    """
+
+    def __init__(self, db: EnhancedDatabaseConnection) -> None:
+        self._db = db
+
+    def append(self, experiment_id: str, logged: Sequence[Logged], writer: tuple[str, int] | None = None) -> None:
+        """Store points behind those of the experiment, in one transaction and in their order.
+
+        Args:
+            experiment_id: whose they are.
+            logged: points, or columns of them whose positions do not count.
+            writer: who writes and the number of this batch, which grows. A batch that is stored already, because an
+                earlier try failed after it was committed, is not stored twice.
+
+        Raises:
+            DatabaseError: the database refused, or has no such experiment; nothing was stored.
+        """
+        batch = _grouped(logged)
+        count = sum(map(len, batch.values()))
+        with self._db.transaction(alone=False) as connection:
+            if writer and not _is_new(connection, *writer):
+                return
+            bind = {"id": experiment_id, "n": count}
+            # Whoever else writes to this experiment waits here.
+            if not connection.execute("UPDATE experiments SET points = points + :n WHERE id = :id", bind).rowcount:
+                raise DatabaseError(f"experiment {experiment_id} is not in {self._db!r}; its metrics cannot be stored")
+            (end,) = connection.execute("SELECT points FROM experiments WHERE id = :id", bind).fetchone()
+            for columns in batch.values():
+                columns.move(end - count)
+            add_points(connection, self._series(connection, experiment_id, list(batch)), batch)
+
+    def _series(self, connection: Executes, experiment_id: str, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        """Return name -> (id, open block, Summary) of series, made where they are missing."""
+        found = {row[0]: row[1:] for row in self._rows(connection, experiment_id, names)}
+        missing = [name for name in names if name not in found]
+        if missing:
+            connection.executemany(
+                "INSERT INTO series (experiment_id, name) VALUES (:id, :name)",
+                [{"id": experiment_id, "name": name} for name in missing],
+            )
+            found |= {row[0]: row[1:] for row in self._rows(connection, experiment_id, missing)}
+        return found
+
+    def _rows(self, connection: Executes, experiment_id: str, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        for start in range(0, len(names), _NAMES_AT_ONCE):
+            some = names[start : start + _NAMES_AT_ONCE]
+            binds = {f"n{i}": name for i, name in enumerate(some)}
+            yield from connection.execute(
+                f"SELECT name, id, open_block, {_SUMMARY} FROM series WHERE experiment_id = :id AND attempt = 0 "
+                f"AND name IN ({', '.join(f':{bind}' for bind in binds)})",
+                {"id": experiment_id, **binds},
+            )
+
+    def names(self, experiment_id: str, attempt: int = 0) -> dict[str, int]:
+        """Return name -> series id of the metrics of an experiment, in the order in which they were first logged."""
+        return dict(
+            self._db.query(
+                "SELECT name, id FROM series WHERE experiment_id = :id AND attempt = :attempt ORDER BY id",
+                {"id": experiment_id, "attempt": attempt},
+            )
+        )
+
+    def summaries(self, experiment_id: str) -> dict[str, Summary]:
+        """Return name -> summary of every metric of an experiment."""
+        rows = self._db.query(
+            f"SELECT name, {_SUMMARY} FROM series WHERE experiment_id = :id AND attempt = 0 ORDER BY id",
+            {"id": experiment_id},
+        )
+        return {name: Summary(*summary) for name, *summary in rows}
+
+    def columns(self, series_id: int) -> Columns:
+        """Return every point of a series."""
+        rows = self._db.query(
+            "SELECT data FROM blocks WHERE series_id = :id ORDER BY first_position", {"id": series_id}, binary=True
+        )
+        made = Columns()
+        for (data,) in rows:
+            made.extend(_decoded(data, series_id))
+        return made
+
+    def points(self, experiment_id: str, name: str | None = None) -> list[Point]:
+        """Return the points in the order logged, of one metric or of all."""
+        series = self.names(experiment_id)
+        wanted = series if name is None else {name: series[name]} if name in series else {}
+        found: list[tuple[int, Point]] = []
+        for each, series_id in wanted.items():
+            columns = self.columns(series_id)
+            steps = columns.all_steps()
+            points = zip([each] * len(columns), columns.values, steps, columns.times)
+            found += zip(columns.positions, points)
+        if len(wanted) > 1:
+            found.sort(key=lambda pair: pair[0])
+        return [point for _, point in found]
+
+
+def add_points(connection: Executes, series: Mapping[str, tuple[Any, ...]], batch: Mapping[str, Columns]) -> None:
+    """Store columns behind those of their series: ``series`` is name -> (id, open block, the fields of a Summary)."""
+    changes, blocks, stale = [], [], []
+    for name, columns in batch.items():
+        series_id, opened, *summary = series[name]
+        change = Summary(*summary).plus(columns)._asdict() | {"id": series_id}
+        if opened is not None:
+            stale.append({"id": series_id, "first": opened})
+            block = _block(connection, series_id, opened)
+            block.extend(columns)
+            columns = block
+        made = [columns[start : start + MAX_POINTS] for start in range(0, len(columns), MAX_POINTS)]
+        change["open"] = made[-1].positions[0] if len(made[-1]) < _OPEN_BELOW else None
+        changes.append(change)
+        blocks += [(series_id, *_row(block)) for block in made]
+    connection.executemany("DELETE FROM blocks WHERE series_id = :id AND first_position = :first", stale)
+    connection.load("blocks", _BLOCK, blocks)
+    connection.executemany(f"UPDATE series SET {_SET_SUMMARY}, open_block = :open WHERE id = :id", changes)
+
+
+_BLOCK = ("series_id", "first_position", "points", "peaks", "data")
+
+
+def _row(block: Columns) -> tuple[int, int, bytes, bytes]:
+    return block.positions[0], len(block), block.pick(block.extremes()).encode(), block.encode()
+
+
+def _block(connection: Executes, series_id: int, first: int) -> Columns:
+    sql = "SELECT data FROM blocks WHERE series_id = :id AND first_position = :first"
+    row = connection.execute(sql, {"id": series_id, "first": first}).fetchone()
+    if row is None:
+        raise DatabaseError(f"the last block of metric series {series_id} is missing; the database was changed by hand")
+    return _decoded(row[0], series_id)
+
+
+def _decoded(data: bytes, series_id: int) -> Columns:
+    try:
+        return decode(bytes(data))
+    except ValueError as error:
+        raise DatabaseError(f"metric series {series_id} is damaged: {error}") from error
+
+
+def _is_new(connection: Executes, writer: str, batch: int) -> bool:
+    """Note that ``writer`` has written ``batch``; returns whether it had not."""
+    bind = {"id": writer, "batch": batch, "now": time.time()}
+    row = connection.execute("SELECT batch FROM writers WHERE id = :id", bind).fetchone()
+    if row is not None and row[0] >= batch:
+        return False
+    connection.execute(
+        "INSERT INTO writers (id, batch, written_at) VALUES (:id, :batch, :now) "
+        "ON CONFLICT (id) DO UPDATE SET batch = :batch, written_at = :now",
+        bind,
+    )
+    return True
+
+
+def _grouped(logged: Sequence[Logged]) -> dict[str, Columns]:
+    """Return name -> columns, with positions from 0 in the order logged."""
+    where: defaultdict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(logged):
+        where[item[0]].append(index)
+    if Columns in set(map(type, map(itemgetter(1), logged))):
+        places = [0, *accumulate(len(item[1]) if isinstance(item[1], Columns) else 1 for item in logged)]
+        return {name: _mixed(logged, indices, places) for name, indices in where.items()}
+    return {
+        name: Columns.of_points(indices, map(logged.__getitem__, indices))  # type: ignore[arg-type]
+        for name, indices in where.items()
+    }
+
+
+def _mixed(logged: Sequence[Logged], indices: Iterable[int], places: Sequence[int]) -> Columns:
+    made = Columns()
+    for index in indices:
+        item = logged[index]
+        if isinstance(item[1], Columns):
+            made.extend(replace(item[1], positions=array("q", range(places[index], places[index + 1]))))
+        else:
+            made.extend(Columns.of_points([places[index]], [item]))
+    return made
+
+
+def _storable(value: float) -> float | None:
+    """Return what stands for ``value`` in a summary: the largest float for infinity, None for NaN."""
+    return None if value != value else max(-_LARGEST, min(_LARGEST, value))

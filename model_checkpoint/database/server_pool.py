@@ -1,0 +1,218 @@
+"""Databases on a server, through SQLAlchemy: its pool, its URLs and its drivers; the SQL is ours."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
+from model_checkpoint.database.mysql import MySQLDialect
+from model_checkpoint.database.postgresql import PostgreSQLDialect
+from model_checkpoint.database.schema import Executes, check_version, latest_version, migrate_once
+from model_checkpoint.errors import ConfigurationError, DatabaseError
+from model_checkpoint.utils.fork import watch
+from model_checkpoint.utils.optional import require
+
+
+class Dialect(Protocol):
+    """What one server's SQL has of its own.
+
+    Attributes:
+        extra: the pip extra that brings the driver.
+        driver: its module.
+        drivername: what SQLAlchemy calls server and driver in a URL.
+        take_turn: the statement that waits until no other transaction that has run it is open.
+        lock_schema, unlock_schema: those around a migration, which return 1; ``:timeout`` is in seconds.
+        done_already: the error codes of a step of a migration that an interrupted one has done already.
+    """
+
+    extra: str
+    driver: str
+    drivername: str
+    done_already: frozenset[int]
+    take_turn: str
+    lock_schema: str
+    unlock_schema: str
+
+    def types(self, connection: Executes) -> Mapping[str, str]:
+        """Return what tables are made of, see ``schema.migrate_once``."""
+
+    def translate(self, sql: str) -> str:
+        """Return a statement of ours in the server's SQL."""
+
+    def load(
+        self, cursor: Callable[[], Any], table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Insert rows with a cursor of the driver's."""
+
+    def setting(self, timeout: float) -> str:
+        """Return the statement that lets a new connection wait ``timeout`` seconds for a lock at most."""
+
+
+_CONNECT_TIMEOUT = 10  # seconds, where the URL does not say
+_DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQLDialect, "mysql": MySQLDialect}
+
+
+class ServerPool(EnhancedDatabaseConnection):
+    """A database on a PostgreSQL, MySQL or MariaDB server; see ``EnhancedDatabaseConnection``."""
+
+    def _start(self, pool_size: int, busy_timeout: float) -> None:
+        self._dialect = _DIALECTS[self.database_url.partition(":")[0]]()
+        purpose = f"a database_url that begins with {self.database_url.partition(':')[0]}://"
+        self._sqlalchemy = require("sqlalchemy", self._dialect.extra, purpose)
+        self._driver = require(self._dialect.driver, self._dialect.extra, purpose)
+        try:
+            url = self._sqlalchemy.make_url(self.database_url)
+        except (self._sqlalchemy.exc.ArgumentError, ValueError):
+            raise ConfigurationError(
+                "database_url cannot be understood (it is not shown, it may hold a password): "
+                "'postgresql://user:password@host:5432/database', with special characters in the password as %40"
+            ) from None
+        if not url.database:
+            raise ConfigurationError(f"database_url {url} names no database; add it: {url}/name")
+        self.place = url.render_as_string(hide_password=True)
+        self._password = url.password
+        self._timeout = busy_timeout
+        self._engine = self._sqlalchemy.create_engine(
+            url.set(drivername=self._dialect.drivername),
+            connect_args={} if "connect_timeout" in url.query else {"connect_timeout": _CONNECT_TIMEOUT},
+            isolation_level="READ COMMITTED",  # a look after a lock was taken sees what its last holder has written
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=busy_timeout,
+            pool_pre_ping=True,  # a connection that the server has closed while it rested is replaced, not an error
+            hide_parameters=True,  # errors are shown to people and kept in logs
+        )
+        self._sqlalchemy.event.listen(self._engine, "connect", partial(_tell, self._dialect.setting(busy_timeout)))
+        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._mine = threading.local()
+        self._closed = False
+        watch(self)
+
+    def before_fork(self) -> None:
+        """Nothing: connections stay the parent's."""
+
+    def after_fork_in_parent(self) -> None:
+        """Nothing was changed."""
+
+    def after_fork_in_child(self) -> None:
+        """Start with connections of its own; the parent's are not closed here, which would end them there."""
+        self._engine.dispose(close=False)
+        self._mine = threading.local()
+
+    def _inside(self) -> bool:
+        return getattr(self._mine, "connection", None) is not None
+
+    @contextmanager
+    def transaction(self, durable: bool = False, alone: bool = True) -> Iterator[Executes]:
+        """See ``EnhancedDatabaseConnection``; ``durable`` is the server's own setting."""
+        if self._inside():
+            if alone and not self._mine.alone:
+                raise DatabaseError("a transaction that is alone inside one that is not: make the outer one so")
+            yield self._mine.connection
+            return
+        with self._errors(), self._engine.begin() as raw:
+            connection = _Connection(raw, self._dialect)
+            if alone:
+                connection.execute(self._dialect.take_turn)
+            self._mine.connection, self._mine.alone = connection, alone
+            try:
+                yield connection
+            finally:
+                self._mine.connection = None
+
+    def query(
+        self, sql: str, parameters: Mapping[str, Any] | None = None, binary: bool = False
+    ) -> list[tuple[Any, ...]]:
+        """See ``EnhancedDatabaseConnection``."""
+        with self._errors():
+            if self._inside():
+                return [tuple(row) for row in self._mine.connection.execute(sql, parameters or {})]
+            with self._reader.connect() as raw:
+                return [tuple(row) for row in _Connection(raw, self._dialect).execute(sql, parameters or {})]
+
+    def _up_to_date(self) -> bool:
+        with self._errors():
+            if not self._sqlalchemy.inspect(self._reader).has_table("migrations"):
+                return False
+        ((number,),) = self.query("SELECT COALESCE(MAX(number), 0) FROM migrations")
+        check_version(number, self.place)
+        return bool(number == latest_version())
+
+    def _migrate(self) -> None:
+        more = True
+        while more:
+            with self._errors(), self._engine.connect() as raw:
+                connection = _MigratingConnection(raw, self._dialect)
+                if not connection.execute(self._dialect.lock_schema, {"timeout": self._timeout}).scalar():
+                    raise DatabaseError(f"database {self.place}: another process migrates it for long; try again")
+                try:
+                    more = migrate_once(connection, self.place, self._dialect.types(connection))
+                    raw.commit()
+                finally:
+                    raw.rollback()
+                    connection.execute(self._dialect.unlock_schema)
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._engine.dispose()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        if self._closed:
+            raise DatabaseError(f"database {self.place} was closed; open it again to go on")
+        try:
+            yield
+        except (self._sqlalchemy.exc.SQLAlchemyError, self._driver.Error) as error:
+            text = " ".join(str(getattr(error, "orig", None) or error).split())
+            if self._password:
+                text = text.replace(str(self._password), "***")
+            raise DatabaseError(f"database {self.place}: {text}; nothing was stored") from None
+
+
+class _Connection:
+    """Runs our statements on a connection of SQLAlchemy's."""
+
+    def __init__(self, raw: Any, dialect: Dialect) -> None:
+        self.raw = raw
+        self._dialect = dialect
+
+    def execute(self, sql: str, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {}, /) -> Any:
+        return self.raw.execute(_prepared(self._dialect.translate, sql), parameters)
+
+    def executemany(self, sql: str, parameters: Sequence[Mapping[str, Any]], /) -> Any:
+        if parameters:
+            self.execute(sql, parameters)
+
+    def load(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], /) -> None:
+        """See ``schema.Executes``."""
+        self._dialect.load(self.raw.connection.cursor, table, columns, rows)
+
+
+class _MigratingConnection(_Connection):
+    """Passes over the steps that an interrupted migration has done, where a server commits each by itself."""
+
+    def execute(self, sql: str, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {}, /) -> Any:
+        from sqlalchemy.exc import DBAPIError
+
+        try:
+            return super().execute(sql, parameters)
+        except DBAPIError as error:
+            if not error.orig or not error.orig.args or error.orig.args[0] not in self._dialect.done_already:
+                raise
+
+
+def _tell(setting: str, connection: Any, _: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(setting)
+    connection.commit()
+
+
+@lru_cache(512)
+def _prepared(translate: Any, sql: str) -> Any:
+    from sqlalchemy import text
+
+    return text(translate(sql))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,3 +99,72 @@ def cut_connections(url: str) -> None:
     else:
         mine = "application_name = current_setting('application_name') AND pid <> pg_backend_pid()"
         run(url, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {mine}")
+
+
+class Proxy:
+    """Stands between a client and a server, and breaks their connections when it is told to.
+
+    Args:
+        url: the server's. ``self.url`` is the proxy's.
+    """
+
+    def __init__(self, url: str) -> None:
+        made = sqlalchemy.make_url(url)
+        self._target = (made.host, made.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = made.set(port=self._listener.getsockname()[1], host="127.0.0.1").render_as_string(False)
+        self.is_down = False
+        self.cut_at: re.Pattern[bytes] | None = None  # what the client says: it is passed on, and the answer is not
+        self.cuts = 0
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def take_down(self) -> None:
+        """Break every connection and take no new ones."""
+        self.is_down = True
+        with self._lock:
+            for each in self._open:
+                _shut(each)
+
+    def bring_up(self) -> None:
+        """Take connections again."""
+        self.is_down = False
+
+    def close(self) -> None:
+        """End."""
+        self.take_down()
+        self._listener.close()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            if self.is_down:
+                client.close()
+                continue
+            server = socket.create_connection(self._target)
+            with self._lock:
+                self._open |= {client, server}
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._pass_on, args=(source, target, source is client), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, from_client: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                word = self.cut_at
+                if from_client and word and word.search(data):
+                    self.cut_at = None
+                    self.cuts += 1
+                    _shut(source)  # the client hears nothing more; the server hears this
+                target.sendall(data)
+        # What the server was sent is worked off before it notices that nobody is there.
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

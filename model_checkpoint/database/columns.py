@@ -9,12 +9,13 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from typing import Any
 
 _HEAD = struct.Struct("<BI")  # version, points
+_LENGTH = struct.Struct("<I")
 _SAME, _EVEN, _RAW = b"=", b"+", b"."
 _VERSION = 1
 Point = tuple[str, float, int | None, float]  # name, value, step, timestamp
@@ -56,9 +57,9 @@ class Columns:
             steps = tuple(step or 0 for step in steps)
         return cls(array("q", positions), array("q", steps), stepless, array("d", values), array("d", times))
 
-    def move(self, distance: int) -> None:
-        """Add ``distance`` to every position."""
-        self.positions = array("q", map(distance.__add__, self.positions))
+    def moved(self, distance: int) -> Columns:
+        """Return the columns with ``distance`` added to every position."""
+        return replace(self, positions=array("q", map(distance.__add__, self.positions)))
 
     def extend(self, other: Columns) -> None:
         """Put the points of ``other`` behind these."""
@@ -107,6 +108,33 @@ class Columns:
         """Return the bytes from which ``decode`` makes the same columns."""
         parts = [self.positions, self.steps, self.stepless, self.values, self.times]
         return _HEAD.pack(_VERSION, len(self)) + b"".join(chain.from_iterable(map(_encode, parts)))
+
+
+def pack(batch: Mapping[str, Columns]) -> bytes:
+    """Return name -> columns as bytes, from which ``unpack`` makes it again."""
+    parts = []
+    for name, columns in batch.items():
+        for start in range(0, len(columns), MAX_POINTS):
+            for content in (name.encode(), columns[start : start + MAX_POINTS].encode()):
+                parts += [_LENGTH.pack(len(content)), content]
+    return b"".join(parts)
+
+
+def unpack(content: bytes) -> dict[str, Columns]:
+    """Return what ``pack`` was given.
+
+    Raises:
+        ValueError: these are no bytes of it.
+    """
+    parts, at = [], 0
+    while at < len(content):
+        (length,) = _LENGTH.unpack(_exactly(content, at, _LENGTH.size))
+        parts.append(_exactly(content, at + _LENGTH.size, length))
+        at += _LENGTH.size + length
+    batch: dict[str, Columns] = {}
+    for name, columns in zip(parts[::2], parts[1::2]):
+        batch.setdefault(name.decode(), Columns()).extend(decode(columns))
+    return batch
 
 
 def decode(content: bytes) -> Columns:

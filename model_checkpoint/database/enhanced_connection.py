@@ -36,6 +36,7 @@ class EnhancedDatabaseConnection:
     Attributes:
         experiments, metrics, checkpoints, tombstones: the tables.
         place: where it is, for people: a path, or a URL without its password.
+        in_memory: whether it ends with this object.
 
     Raises:
         ConfigurationError: the URL or ``pool_size`` cannot be used.
@@ -45,6 +46,7 @@ class EnhancedDatabaseConnection:
     """
 
     place: str
+    in_memory = False
 
     def __new__(cls, database_url: str = "sqlite:///experiments.db", *_: Any, **__: Any) -> EnhancedDatabaseConnection:
         """Return the pool for the URL's scheme, as ``pathlib.Path`` returns the class of its platform."""

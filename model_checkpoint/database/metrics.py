@@ -78,19 +78,18 @@ class MetricTable:
     def __init__(self, db: EnhancedDatabaseConnection) -> None:
         self._db = db
 
-    def append(self, experiment_id: str, logged: Sequence[Logged], writer: tuple[str, int] | None = None) -> None:
+    def append(self, experiment_id: str, batch: Mapping[str, Columns], writer: tuple[str, int] | None = None) -> None:
         """Store points behind those of the experiment, in one transaction and in their order.
 
         Args:
             experiment_id: whose they are.
-            logged: points, or columns of them whose positions do not count.
+            batch: name -> points, with positions that count from 0.
             writer: who writes and the number of this batch, which grows. A batch that is stored already, because an
                 earlier try failed after it was committed, is not stored twice.
 
         Raises:
             DatabaseError: the database refused, or has no such experiment; nothing was stored.
         """
-        batch = _grouped(logged)
         count = sum(map(len, batch.values()))
         with self._db.transaction(alone=False) as connection:
             if writer and not _is_new(connection, *writer):
@@ -100,9 +99,8 @@ class MetricTable:
             if not connection.execute("UPDATE experiments SET points = points + :n WHERE id = :id", bind).rowcount:
                 raise DatabaseError(f"experiment {experiment_id} is not in {self._db!r}; its metrics cannot be stored")
             (end,) = connection.execute("SELECT points FROM experiments WHERE id = :id", bind).fetchone()
-            for columns in batch.values():
-                columns.move(end - count)
-            add_points(connection, self._series(connection, experiment_id, list(batch)), batch)
+            placed = {name: columns.moved(end - count) for name, columns in batch.items()}
+            add_points(connection, self._series(connection, experiment_id, list(batch)), placed)
 
     def _series(self, connection: Executes, experiment_id: str, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         """Return name -> (id, open block, Summary) of series, made where they are missing."""
@@ -224,7 +222,7 @@ def _is_new(connection: Executes, writer: str, batch: int) -> bool:
     return True
 
 
-def _grouped(logged: Sequence[Logged]) -> dict[str, Columns]:
+def grouped(logged: Sequence[Logged]) -> dict[str, Columns]:
     """Return name -> columns, with positions from 0 in the order logged."""
     where: defaultdict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(logged):

@@ -29,11 +29,12 @@ class BatchedWriter(Generic[Row]):
     """Hands rows to ``write`` in the order of ``extend``, by age, by count, on ``flush`` and on ``close``.
 
     Only the writer's own thread calls ``write``: a Ctrl-C, which goes to the main thread, cannot come between a batch's
-    commit and the note that it is written. A batch that cannot be written stays in memory and is tried again. A forked
-    child starts empty: what the parent had collected is the parent's to write.
+    commit and the note that it is written. A batch that cannot be written stays in memory and is tried again, the same
+    rows and no others. A forked child starts empty: what the parent had collected is the parent's to write.
 
     Args:
-        write: stores a batch whole or raises.
+        write: called with a batch and whether somebody waits for it; stores it whole or raises. Without somebody who
+            waits it is called when there are rows only.
         max_rows: rows that are not left waiting for their age.
         max_age: seconds that a row waits at most before it is written.
 
@@ -41,7 +42,9 @@ class BatchedWriter(Generic[Row]):
         pending: rows not written yet; always the same list.
     """
 
-    def __init__(self, write: Callable[[list[Row]], object], max_rows: int = 10_000, max_age: float = 0.5) -> None:
+    def __init__(
+        self, write: Callable[[list[Row], bool], object], max_rows: int = 10_000, max_age: float = 0.5
+    ) -> None:
         self.pending: list[Row] = []
         self._write = write
         self._max_rows = max_rows
@@ -57,6 +60,7 @@ class BatchedWriter(Generic[Row]):
         self._writing = threading.Lock()
         self._resting = False
         self._warned = False
+        self._tried = 0  # rows of the batch that could not be written
 
     def before_fork(self) -> None:
         """Let a batch that is being written come to its end."""
@@ -109,7 +113,7 @@ class BatchedWriter(Generic[Row]):
 
     def _try_to_write(self, ticket: _Ticket | None) -> None:
         try:
-            self._write_pending()
+            self._write_pending(ticket is not None)
             self._warned = False
         except Exception as error:  # noqa: BLE001 - whatever write() raises, the thread goes on and tries again
             if ticket is not None:
@@ -122,12 +126,18 @@ class BatchedWriter(Generic[Row]):
             if ticket is not None:
                 ticket.done.release()
 
-    def _write_pending(self) -> None:
+    def _write_pending(self, urgent: bool) -> None:
         with self._writing:
-            batch = self.pending[:]
-            if batch:
-                self._write(batch)
-                del self.pending[: len(batch)]  # others may only have added behind them
+            if self._tried:
+                self._write_first(self._tried, urgent)
+            if self.pending or urgent:
+                self._write_first(len(self.pending), urgent)
+
+    def _write_first(self, count: int, urgent: bool) -> None:
+        self._tried = count
+        self._write(self.pending[:count], urgent)
+        del self.pending[:count]  # others may only have added behind them
+        self._tried = 0
 
     def flush(self) -> None:
         """Write everything collected so far; raises what ``write`` raises, with the rows kept."""
@@ -142,7 +152,7 @@ class BatchedWriter(Generic[Row]):
         if self._thread is None:
             return  # nothing was collected
         if self._thread is threading.current_thread():  # the garbage collector finishes somebody's tracker here
-            self._write_pending()
+            self._write_pending(True)
             return
         self._calls.put(ticket)
         ticket.done.acquire()

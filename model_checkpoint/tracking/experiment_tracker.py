@@ -6,7 +6,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ from model_checkpoint.errors import (
     UnsupportedValueError,
 )
 from model_checkpoint.performance.batched_writer import BatchedWriter
+from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
 from model_checkpoint.tracking.report import FORMATS, render
 from model_checkpoint.utils.jsonable import text, to_jsonable, to_number, to_step
 
@@ -108,10 +108,13 @@ class ExperimentTracker:
         self.version = 0  # grows when config or tags change, so that a manager knows
         self._ended = False
         self._names: set[str] = set()  # metric names that were found good
-        self._writer: BatchedWriter[Logged] = BatchedWriter(partial(database.metrics.append, experiment.id))
+        if not database.in_memory:
+            replay_left_behind(database)
+        log = MetricLog(database, experiment.id)
+        self._writer: BatchedWriter[Logged] = BatchedWriter(log.write)
         self.unflushed = self._writer.pending
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        self._finish = weakref.finalize(self, _finish, self._writer, database)
+        self._finish = weakref.finalize(self, _finish, self._writer, log, database)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value of one metric.
@@ -226,7 +229,11 @@ class ExperimentTracker:
         return str(path)
 
     def flush(self) -> None:
-        """Write every buffered metric; raises DatabaseError, with the metrics kept, where that fails."""
+        """Write every buffered metric: to the database, or while it is away to a local file that it gets later.
+
+        Raises:
+            DatabaseError: neither took them; they are kept in memory.
+        """
         self._writer.flush()
 
     def close(self, status: str = "completed") -> None:
@@ -259,10 +266,11 @@ class ExperimentTracker:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
 
 
-def _finish(writer: BatchedWriter[Logged], database: EnhancedDatabaseConnection) -> None:
+def _finish(writer: BatchedWriter[Logged], log: MetricLog, database: EnhancedDatabaseConnection) -> None:
     try:
         writer.close()
     finally:
+        log.close()
         database.close()
 
 

@@ -1,0 +1,145 @@
+"""From what was logged to the database: batches, each stored exactly once, by way of a local file while it is away."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.columns import Columns, pack, unpack
+from model_checkpoint.database.metrics import Logged, grouped
+from model_checkpoint.errors import DatabaseError
+from model_checkpoint.performance.spool import Spool
+from model_checkpoint.utils.fork import watch
+
+log = logging.getLogger(__name__)
+_LONGEST_PAUSE = 30.0  # seconds between two tries of a database that is away
+
+
+class MetricLog:
+    """Writes the batches of one experiment and one process.
+
+    A batch that the database refuses goes to a spool. What is spooled is stored before anything later is, in order. The
+    database knows the number of the last batch of every writer, so that nothing is stored twice: not when a connection
+    broke at the commit, and not when a spool could not be removed.
+
+    Args:
+        database: where to.
+        experiment_id: whose metrics these are.
+    """
+
+    def __init__(self, database: EnhancedDatabaseConnection, experiment_id: str) -> None:
+        self._database = database
+        self._experiment_id = experiment_id
+        self._start_afresh()
+        watch(self)
+
+    def _start_afresh(self) -> None:
+        self._writer = str(uuid.uuid4())
+        self._number = 1
+        self._spool = Spool(_folder(self._database) / f"{_prefix(self._database)}{self._experiment_id}.{self._writer}")
+        self._next_try = 0.0
+        self._pause = 1.0
+
+    def before_fork(self) -> None:
+        """Nothing: no batch is being written then."""
+
+    def after_fork_in_parent(self) -> None:
+        """Nothing was changed."""
+
+    def after_fork_in_child(self) -> None:
+        """Be a writer of its own: the parent's number and spool are the parent's."""
+        self._spool.close()
+        self._start_afresh()
+
+    def write(self, logged: Sequence[Logged], urgent: bool = False) -> None:
+        """Store a batch, in the database or the spool.
+
+        Args:
+            logged: what was logged, in order. After an error, the same once more.
+            urgent: whether the database is tried although it was away a moment ago.
+
+        Raises:
+            DatabaseError: neither took it; nothing of it was stored.
+        """
+        batch = grouped(logged)
+        try:
+            self._store(batch, urgent)
+        except DatabaseError as error:
+            if batch:
+                self._put_aside(pack(batch), error)
+        self._number += 1
+
+    def _store(self, batch: Mapping[str, Columns], urgent: bool) -> None:
+        if self._spool and time.monotonic() < self._next_try and not urgent:
+            raise DatabaseError(f"{self._database!r} was away a moment ago")
+        try:
+            if self._spool:
+                _replay(self._database, self._experiment_id, self._writer, self._spool)
+                log.warning("the database has the metrics of %s again, everything is stored", self._spool.path)
+            if batch:
+                self._database.metrics.append(self._experiment_id, batch, (self._writer, self._number))
+            self._pause = 1.0
+        except DatabaseError:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._next_try = time.monotonic() + self._pause
+            raise
+
+    def _put_aside(self, record: bytes, error: DatabaseError) -> None:
+        if self._database.in_memory:
+            raise error  # another process could not store it later
+        path = self._spool.path
+        if not self._spool:
+            log.warning("metrics go to %s until the database takes them: %s", path, error)
+        try:
+            self._spool.append(self._number, record)
+        except OSError as problem:
+            raise DatabaseError(f"{error}; {path} cannot take it either ({problem}), it stays in memory") from error
+
+    def close(self) -> None:
+        """Let go of the spool; what is in it is stored by the next tracker that opens this database."""
+        self._spool.close()
+
+
+def replay_left_behind(database: EnhancedDatabaseConnection) -> None:
+    """Store what processes that are gone have spooled for this database on this machine; leaves what it refuses."""
+    for path in _left_behind(database):
+        try:
+            spool = Spool(path, take_over=True)
+        except OSError:
+            continue  # its writer lives, or somebody else replays it now
+        try:
+            experiment_id, _, writer = path.name.removeprefix(_prefix(database)).partition(".")
+            _replay(database, experiment_id, writer, spool)
+        except (DatabaseError, ValueError) as error:
+            log.warning("%s was left behind and cannot be stored, it stays where it is: %s", path, error)
+        finally:
+            spool.close()
+
+
+def _replay(database: EnhancedDatabaseConnection, experiment_id: str, writer: str, spool: Spool) -> None:
+    for number, record in spool.records():
+        database.metrics.append(experiment_id, unpack(record), (writer, number))
+    spool.clear()
+
+
+def _left_behind(database: EnhancedDatabaseConnection) -> Iterator[Path]:
+    folder = _folder(database)
+    return folder.glob(f"{_prefix(database)}*") if folder.is_dir() else iter(())
+
+
+def _prefix(database: EnhancedDatabaseConnection) -> str:
+    return hashlib.sha256(database.place.encode()).hexdigest()[:16] + "."
+
+
+def _folder(database: EnhancedDatabaseConnection) -> Path:
+    """Return where metrics wait for a database: beside its file, or in the user's folder for such things."""
+    if "://" not in database.place:
+        return Path(f"{database.place}-spool")
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "model_checkpoint" / "spool"

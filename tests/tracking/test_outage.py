@@ -1,0 +1,173 @@
+"""A database that is away: training goes on, and all that was logged is stored once, in order, when it is back."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model_checkpoint import ExperimentTracker
+from tests.servers import KINDS, Proxy, new_database
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 60.0  # seconds that anything may take before it counts as hung
+
+
+@pytest.fixture(params=KINDS[1:])
+def proxy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with new_database(request.param, tmp_path) as url:
+        proxy = Proxy(url)
+        yield proxy
+        proxy.close()
+
+
+def spools(folder: Path) -> list[Path]:
+    return sorted((folder / "state" / "model_checkpoint" / "spool").glob("*"))
+
+
+def values(tracker: ExperimentTracker, name: str = "loss") -> list[float]:
+    return [point["metric_value"] for point in tracker.get_metrics(name)]
+
+
+def test_training_goes_on_while_the_server_is_away_and_nothing_is_lost_or_doubled(
+    proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = ExperimentTracker("run", database_url=proxy.url)
+    for i in range(300):
+        if i == 100:
+            proxy.take_down()
+        if i == 200:
+            assert len(spools(tmp_path)) == 1
+            proxy.bring_up()
+        tracker.log_metric("loss", float(i), step=i)
+        tracker.log_metrics({"a": float(i), "b": float(-i)}, step=i)
+        if i % 20 == 19:
+            tracker.flush()
+    assert values(tracker) == [float(i) for i in range(300)]
+    assert [point["metric_name"] for point in tracker.get_metrics()] == ["loss", "a", "b"] * 300
+    assert spools(tmp_path) == []
+    told = [record.message for record in caplog.records if "until the database takes them" in record.message]
+    assert len(told) == 1
+    tracker.close()
+
+
+def test_a_connection_that_breaks_at_a_commit_doubles_nothing(proxy: Proxy) -> None:
+    tracker = ExperimentTracker("run", database_url=proxy.url)
+    for i in range(30):
+        tracker.log_metric("loss", float(i), step=i)
+        if i % 3 == 0:
+            proxy.cut_at = re.compile(rb"COMMIT(?!TED)")
+        tracker.flush()
+    assert proxy.cuts == 10
+    assert values(tracker) == [float(i) for i in range(30)]
+    assert tracker.database.metrics.summaries(tracker.experiment_id)["loss"].points == 30
+    tracker.close()
+
+
+LOG_AND_WAIT = """
+import os, sys
+from model_checkpoint import ExperimentTracker
+tracker = ExperimentTracker.resume(sys.argv[2], sys.argv[1])
+with tracker.database.transaction() as connection:
+    connection.execute("PRAGMA busy_timeout=20")
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(100):
+    tracker.log_metric("loss", float(i), step=i)
+    if i % 10 == 9:
+        tracker.flush()
+print("logged", flush=True)
+sys.stdin.readline()
+"""
+
+
+def killed_during_an_outage(url: str, path: Path, experiment_id: str) -> list[Path]:
+    """Let a process log while the database is locked, and kill it; returns what it left behind."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", LOG_AND_WAIT, url, experiment_id],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "logged\n"
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait(DEADLINE)
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    return list(Path(f"{path}-spool").iterdir())
+
+
+def test_what_a_killed_process_left_behind_is_stored_by_the_next_tracker(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    url = f"sqlite:///{path}"
+    with ExperimentTracker("run", database_url=url) as first:
+        pass
+    (left,) = killed_during_an_outage(url, path, first.experiment_id)
+    content = left.read_bytes()
+    with ExperimentTracker("another run", database_url=url):
+        assert not left.exists()
+    again = ExperimentTracker.resume(first.experiment_id, url)
+    assert values(again) == [float(i) for i in range(100)]
+    again.close()
+    # A crash after the rows were stored, and before the file was removed, finds it there once more.
+    left.write_bytes(content)
+    again = ExperimentTracker.resume(first.experiment_id, url)
+    assert not left.exists()
+    assert values(again) == [float(i) for i in range(100)]
+    again.close()
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_record_that_was_cut_off_is_left_out_and_those_before_it_are_stored(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "runs.db"
+    url = f"sqlite:///{path}"
+    with ExperimentTracker("run", database_url=url) as first:
+        pass
+    (left,) = killed_during_an_outage(url, path, first.experiment_id)
+    os.truncate(left, left.stat().st_size - cut)
+    again = ExperimentTracker.resume(first.experiment_id, url)
+    assert values(again) == [float(i) for i in range(90)]
+    again.close()
+
+
+def test_a_spool_whose_writer_lives_is_left_to_it(proxy: Proxy, tmp_path: Path) -> None:
+    tracker = ExperimentTracker("run", database_url=proxy.url)
+    proxy.take_down()
+    tracker.log_metric("loss", 1.0)
+    tracker.flush()
+    proxy.bring_up()
+    with ExperimentTracker("another run", database_url=proxy.url):
+        assert len(spools(tmp_path)) == 1
+    tracker.flush()
+    assert spools(tmp_path) == []
+    assert values(tracker) == [1.0]
+    tracker.close()
+
+
+def test_a_file_that_is_no_spool_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    with ExperimentTracker("run", database_url=f"sqlite:///{path}"):
+        pass
+    folder = Path(f"{path}-spool")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "target").write_text("mine too")
+    with ExperimentTracker("run", database_url=f"sqlite:///{path}"):
+        pass
+    assert sorted(each.read_text() for each in folder.iterdir()) == ["mine", "mine too"]

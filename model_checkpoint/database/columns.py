@@ -11,10 +11,11 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, compress
+from itertools import chain
 from typing import Any
 
 _HEAD = struct.Struct("<BI")  # version, points
+_PEAK = struct.Struct("<qqBdd")  # position, step, whether there is none, value, time
 _LENGTH = struct.Struct("<I")
 _SAME, _EVEN, _RAW = b"=", b"+", b"."
 _VERSION = 1
@@ -100,9 +101,19 @@ class Columns:
         parts = [self.positions, self.steps, self.stepless, self.values, self.times]
         return Columns(*(array(part.typecode, [part[i] for i in chosen] if part else []) for part in parts))
 
-    def before(self, position: int) -> Columns:
-        """Return the points that were logged before ``position``."""
-        return self[: sum(1 for _ in compress(self.positions, (p < position for p in self.positions)))]
+    def peaks(self) -> bytes:
+        """Return the lowest and the highest point, in order, as bytes that ``of_peaks`` takes."""
+        first, *rest = self.extremes()
+        chosen = self.pick([first, *(rest or [first])])
+        stepless = chosen.stepless or b"\0\0"
+        return b"".join(map(_PEAK.pack, chosen.positions, chosen.steps, stepless, chosen.values, chosen.times))
+
+    @classmethod
+    def of_peaks(cls, peaks: Iterable[bytes]) -> Columns:
+        """Return the points of which ``peaks`` made those bytes, of every block two."""
+        positions, steps, stepless, values, times = zip(*_PEAK.iter_unpack(b"".join(peaks)))
+        mask = array("B", stepless if any(stepless) else ())
+        return cls(array("q", positions), array("q", steps), mask, array("d", values), array("d", times))
 
     def encode(self) -> bytes:
         """Return the bytes from which ``decode`` makes the same columns."""

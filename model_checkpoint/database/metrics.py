@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -62,6 +64,19 @@ class Summary(NamedTuple):
         return Summary(
             self.points + len(more), numbers + len(present), total, last, more.step(-1), low, low_step, high, high_step
         )
+
+    def told(self) -> dict[str, Any]:
+        """Return it as users see it."""
+        return {
+            "points": self.points,
+            "last": _exact(self.last),
+            "last_step": self.last_step,
+            "min": _exact(self.low),
+            "min_step": self.low_step,
+            "max": _exact(self.high),
+            "max_step": self.high_step,
+            "mean": (_exact(self.total) or 0.0) / self.numbers if self.numbers else None,
+        }
 
 
 _SUMMARY = ", ".join(Summary._fields)
@@ -151,6 +166,39 @@ class MetricTable:
             made.extend(_decoded(data, series_id))
         return made
 
+    def curve(self, series_id: int, max_points: int) -> Columns:
+        """Return at most ``max_points`` points of a series, in which its peaks survive.
+
+        Its first and last point, and of as many stretches of equal length as fit the lowest and the highest one. Long
+        series are not read for it: blocks know their peaks.
+        """
+        ((count, blocks),) = self._db.query(
+            "SELECT COALESCE(SUM(points), 0), COUNT(*) FROM blocks WHERE series_id = :id", {"id": series_id}
+        )
+        stretches = max(1, (max_points - 2) // 2)
+        if count <= max_points or blocks < 2 * stretches:
+            columns = self.columns(series_id)
+            if len(columns) <= max_points:
+                return columns
+            return _thinned(columns, range(len(columns) + 1), stretches)
+        rows = self._db.query(
+            "SELECT points, peaks FROM blocks WHERE series_id = :id ORDER BY first_position",
+            {"id": series_id},
+            binary=True,
+        )
+        columns = self._edge(series_id, "ASC")[:1]
+        columns.extend(Columns.of_peaks(peaks for _, peaks in rows))
+        columns.extend(self._edge(series_id, "DESC")[-1:])
+        # Each block has two points here; they count as many as they stand for.
+        halves = [half for points, _ in rows for half in (points // 2, points - points // 2)]
+        places = [0, 0, *accumulate(halves), int(count)]
+        return _thinned(columns, places, stretches)
+
+    def _edge(self, series_id: int, order: str) -> Columns:
+        sql = f"SELECT data FROM blocks WHERE series_id = :id ORDER BY first_position {order} LIMIT 1"
+        ((data,),) = self._db.query(sql, {"id": series_id}, binary=True)
+        return _decoded(data, series_id)
+
     def points(self, experiment_id: str, name: str | None = None) -> list[Point]:
         """Return the points in the order logged, of one metric or of all."""
         series = self.names(experiment_id)
@@ -190,7 +238,7 @@ _BLOCK = ("series_id", "first_position", "points", "peaks", "data")
 
 
 def _row(block: Columns) -> tuple[int, int, bytes, bytes]:
-    return block.positions[0], len(block), block.pick(block.extremes()).encode(), block.encode()
+    return block.positions[0], len(block), block.peaks(), block.encode()
 
 
 def _block(connection: Executes, series_id: int, first: int) -> Columns:
@@ -245,6 +293,22 @@ def _mixed(logged: Sequence[Logged], indices: Iterable[int], places: Sequence[in
         else:
             made.extend(Columns.of_points([places[index]], [item]))
     return made
+
+
+def _exact(value: float | None) -> float | None:
+    return value if value is None or abs(value) < _LARGEST else math.copysign(math.inf, value)
+
+
+def _thinned(columns: Columns, places: Sequence[int], stretches: int) -> Columns:
+    """Return the first and last point, and the peaks of ``stretches``; ``places`` counts up to each point."""
+    chosen = {0, len(columns) - 1}
+    start = 1
+    for number in range(1, stretches + 1):
+        end = min(bisect_left(places, number * places[-1] // stretches, start), len(columns) - 1)
+        if end > start:
+            chosen.update(start + index for index in columns[start:end].extremes())
+        start = max(start, end)
+    return columns.pick(sorted(chosen))
 
 
 def _storable(value: float) -> float | None:

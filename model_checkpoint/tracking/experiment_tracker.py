@@ -20,10 +20,12 @@ from model_checkpoint.errors import (
     UnsupportedValueError,
 )
 from model_checkpoint.performance.batched_writer import BatchedWriter
+from model_checkpoint.tracking.history import MetricHistory, history_of, to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
 from model_checkpoint.tracking.report import FORMATS, render
 from model_checkpoint.utils.jsonable import text, to_jsonable, to_number, to_step
 
+_AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
 STATUSES = ("running", "completed", "failed", "interrupted")
 
 
@@ -153,6 +155,24 @@ class ExperimentTracker:
             ]
         )
 
+    def log_arrays(self, name: str, values: Any, steps: Any = None) -> None:
+        """Log many values of one metric at once.
+
+        Args:
+            name: the metric.
+            values: a sequence or one-dimensional array of numbers, NumPy's and torch's too; it is copied.
+            steps: as many integers, or None.
+
+        Raises:
+            UnsupportedValueError: they are not, or differ in number; none of them is logged.
+        """
+        if self._ended:
+            raise self._closed()
+        columns = to_columns(values, steps, time.time(), f"metrics.{name}")
+        self._names.add(text(name, "metric name"))
+        for start in range(0, len(columns), _AT_ONCE):
+            self._writer.put((name, columns[start : start + _AT_ONCE]))
+
     def _closed(self) -> DatabaseError:
         return DatabaseError(
             f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
@@ -204,6 +224,38 @@ class ExperimentTracker:
             {"metric_name": name, "metric_value": value, "step": step, "timestamp": at}
             for name, value, step, at in self.database.metrics.points(self.experiment_id, metric_name)
         ]
+
+    def metric_history(self, name: str, max_points: int | None = 2000) -> MetricHistory:
+        """Return one metric over time, short enough to be drawn: its peaks are all there.
+
+        Args:
+            name: the metric.
+            max_points: points at most, at least 4. A longer series is cut into stretches, of each of which the lowest
+                and the highest point are returned; the database has them ready. None: every point.
+
+        Raises:
+            KeyError: nothing was logged under this name.
+            ConfigurationError: ``max_points`` is below 4.
+        """
+        self.flush()
+        metrics = self.database.metrics
+        series = metrics.names(self.experiment_id)
+        if name not in series:
+            raise KeyError(f"no metric {name!r} was logged; there are {', '.join(series) or 'none'}")
+        if max_points is not None and max_points < 4:
+            raise ConfigurationError(f"max_points must be at least 4 or None, not {max_points}")
+        columns = metrics.columns(series[name]) if max_points is None else metrics.curve(series[name], max_points)
+        return history_of(name, columns, metrics.summaries(self.experiment_id)[name].points)
+
+    def metric_summaries(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of every metric without reading its points.
+
+        Returns:
+            name -> ``points``, ``last``, ``last_step``, ``min``, ``min_step``, ``max``, ``max_step`` (the step of the
+            first point that has it) and ``mean``. NaN counts for ``points`` and ``last`` only, where it is None.
+        """
+        self.flush()
+        return {name: found.told() for name, found in self.database.metrics.summaries(self.experiment_id).items()}
 
     def generate_report(self, format_type: str = "html", output_dir: str = ".") -> str:
         """Write a report of the run: config, tags, a chart of every metric, checkpoints.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         KeepYoungerThan,
     )
     from model_checkpoint.checkpoint.storage import register_storage_backend
-    from model_checkpoint.tracking import ExperimentTracker
+    from model_checkpoint.tracking import ExperimentTracker, Queries
 
 __all__ = [
     "EnhancedCheckpointManager",
@@ -32,6 +32,7 @@ __all__ = [
     "KeepTypes",
     "KeepWithinBytes",
     "KeepYoungerThan",
+    "Queries",
     "__version__",
     "register_storage_backend",
 ]
@@ -40,7 +41,7 @@ _POLICIES = ("KeepBest", "KeepEvery", "KeepLast", "KeepTypes", "KeepWithinBytes"
 _HOME = {
     **dict.fromkeys(_POLICIES, "model_checkpoint.checkpoint.retention"),
     "EnhancedCheckpointManager": "model_checkpoint.checkpoint.enhanced_manager",
-    "ExperimentTracker": "model_checkpoint.tracking",
+    **dict.fromkeys(("ExperimentTracker", "Queries"), "model_checkpoint.tracking"),
     "register_storage_backend": "model_checkpoint.checkpoint.storage",
 }
 

@@ -13,6 +13,17 @@ class ConfigurationError(ModelCheckpointError, ValueError):
     """An argument that cannot be used; the text names the argument and what it accepts."""
 
 
+class QueryError(ModelCheckpointError, ValueError):
+    """A filter that cannot be understood; ``column`` is where in ``filter`` the problem is, from 0."""
+
+    def __init__(self, problem: str, filter: str, column: int) -> None:
+        start = filter.rfind("\n", 0, column) + 1
+        line = filter[start:].partition("\n")[0]
+        super().__init__(f"{problem}\n  {line}\n  {' ' * (column - start)}^")
+        self.filter = filter
+        self.column = column
+
+
 class MissingDependencyError(ModelCheckpointError, ImportError):
     """An optional package is needed for what was asked; the text gives the pip extra."""
 

@@ -207,7 +207,7 @@ class CheckpointCatalog:
         if self._criterion(experiment_id, checkpoint_type) is None and checkpoint_type != "latest":
             labels = {r.checkpoint_type for r in self._db.checkpoints.records(store, experiment_id)}
             raise UnknownCheckpointTypeError(checkpoint_type, [*NAMED_TYPES, *sorted(labels)])
-        elsewhere = self._db.checkpoints.elsewhere(store, experiment_id, self._directory.path)
+        elsewhere = self._db.stores.elsewhere(store, experiment_id, self._directory.path)
         advice = f"it has checkpoints in {', '.join(elsewhere)}; open that directory" if elsewhere else "save one first"
         raise CheckpointNotFoundError(
             f"{checkpoint_type} of experiment {experiment_id} in {self._directory.path}", advice
@@ -260,7 +260,7 @@ class CheckpointCatalog:
             checks = [{"name": error.path, "ok": False, **found}]
         outcome = {"verified": error is None, "error": None if error is None else str(error), "files": checks}
         try:
-            self._db.checkpoints.record_verification(checkpoint_id, outcome, time.time())
+            self._db.verifications.record(checkpoint_id, outcome, time.time())
         except DatabaseError:
             log.exception("the verification of %s could not be recorded; loading goes on", checkpoint_id)
 

@@ -103,10 +103,10 @@ def recover(
     Returns:
         What was done; None when a save of another process is under way, to which recovery is left.
     """
-    known_at = db.checkpoints.store_path(directory.store_id)
+    known_at = db.stores.path(directory.store_id)
     if known_at is not None:
         directory.be_distinct_from(known_at)
-    db.checkpoints.open_store(directory.store_id, directory.path)
+    db.stores.open(directory.store_id, directory.path)
     try:
         with directory.exclusive(timeout=0):
             return _recover(directory, db, best_metrics)
@@ -142,7 +142,7 @@ def _recover(
     report.corrupt += _damaged(directory, published, rows.file_sizes(store))
     for checkpoint_id in report.corrupt:
         problem = f"checkpoint {checkpoint_id} is corrupt: a file is missing or of another length; nothing was removed"
-        rows.record_verification(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
+        db.verifications.record(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
         log.error("%s", problem)
     _readmit(directory, db, report)
     if report.copies:
@@ -249,7 +249,7 @@ def rebuild(
         LockTimeoutError: saves of other processes kept the directory busy.
     """
     rows, store = db.checkpoints, directory.store_id
-    rows.open_store(store, directory.path)
+    db.stores.open(store, directory.path)
     with directory.exclusive(_PATIENCE):
         known = rows.statuses(store)
         experiments = {experiment_id for _, experiment_id, _ in known.values()}
@@ -273,13 +273,13 @@ def rebuild(
                 skipped.append(checkpoint_id)
                 continue
             experiments.add(experiment_id)
-            rows.record_verification(checkpoint_id, check, time.time())
+            db.verifications.record(checkpoint_id, check, time.time())
         report = _recover(directory, db, best_metrics)
         report.corrected = corrected
         report.left_alone += [i for i in skipped if i not in report.left_alone]
         for checkpoint_id in set(corrupt) - set(report.corrupt):
             problem = f"checkpoint {checkpoint_id} is corrupt, nothing was removed"
-            rows.record_verification(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
+            db.verifications.record(checkpoint_id, {"verified": False, "error": problem, "files": []}, time.time())
             report.corrupt.append(checkpoint_id)
         for experiment_id in experiments:
             with db.transaction(durable=True):
@@ -308,7 +308,7 @@ def _readmit(directory: CheckpointDirectory, db: EnhancedDatabaseConnection, rep
         try:
             manifest, digest = read_manifest(directory.trash_folder(checkpoint_id))
             home = db.checkpoints.home(checkpoint_id)
-            if home is not None and db.checkpoints.store_path(home[0]) is not None:
+            if home is not None and db.stores.path(home[0]) is not None:
                 report.readmitted.remove(checkpoint_id)
                 report.copies.append(checkpoint_id)
                 continue  # the trash of a directory that was copied: the original's row is not ours to change

@@ -13,20 +13,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import RECORD, CheckpointRecord, record_of_row
-from model_checkpoint.database.schema import Executes
 from model_checkpoint.errors import DatabaseError
 from model_checkpoint.utils.jsonable import escape
 from model_checkpoint.utils.names import MAX_SEQUENCE
 
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
+    from model_checkpoint.database.schema import Executes
 
 Scores = Mapping[str, float]  # criterion -> value
 Decide = Callable[[CheckpointRecord, Scores, Collection[str]], Scores]
 
+_LARGEST = 1.7976931348623157e308  # stands for infinity in numbers to search by: MySQL has none
+_BUMP = "UPDATE stores SET revision = revision + 1 WHERE id = COALESCE(:id, id)"
+_SCORE = "INSERT INTO scores (checkpoint_id, name, value) VALUES (:id, :name, :value)"
 _FILE = ("id", "name", "size", "sha256")
 _INSERT_FILE = "INSERT INTO files (checkpoint_id, name, size, sha256) VALUES (:id, :name, :size, :sha256)"
-_LIVE = "('committed', 'corrupt')"
+LIVE = "('committed', 'corrupt')"
 _REPAIR = "rebuild_index() writes rows anew from the manifests, and so does opening the directory with a new database"
 
 
@@ -39,21 +42,6 @@ class CheckpointTable:
 
     def __init__(self, db: EnhancedDatabaseConnection) -> None:
         self._db = db
-
-    def open_store(self, store_id: str, path: str) -> None:
-        """Note where the checkpoint directory ``store_id`` lies now."""
-        if self._db.query("SELECT 1 FROM stores WHERE id = :id AND path = :path", {"id": store_id, "path": path}):
-            return
-        with self._db.transaction() as connection:
-            connection.execute(
-                "INSERT INTO stores (id, path) VALUES (:id, :path) ON CONFLICT (id) DO UPDATE SET path = :path",
-                {"id": store_id, "path": path},
-            )
-
-    def store_path(self, store_id: str) -> str | None:
-        """Return where the checkpoint directory ``store_id`` lay when it was last opened, or None."""
-        rows = self._db.query("SELECT path FROM stores WHERE id = :id", {"id": store_id})
-        return rows[0][0] if rows else None
 
     def revision(self, store_id: str) -> int:
         """Return a number that changes with every change to the store's checkpoints, by whatever process."""
@@ -100,7 +88,9 @@ class CheckpointTable:
                 "WHERE id = :id",
                 bind,
             )
-            connection.execute("DELETE FROM files WHERE checkpoint_id = :id", bind)  # of an earlier try
+            for table in ("files", "scores"):  # of an earlier try
+                connection.execute(f"DELETE FROM {table} WHERE checkpoint_id = :id", bind)
+            connection.executemany(_SCORE, scores_of(record))
             for file in files:
                 connection.execute(_INSERT_FILE, dict(zip(_FILE, (record.id, *file))))
             holders, younger = {}, set()
@@ -116,10 +106,11 @@ class CheckpointTable:
             taken = decide(record, holders, younger)
             for criterion, score in taken.items():
                 _hold(connection, record.experiment_id, criterion, record.id, score)
-            bump(connection, None if taken else store_id)  # the flags may have left another directory's checkpoint
+            # Of all, when the flags may have left another directory's checkpoint.
+            connection.execute(_BUMP, {"id": None if taken else store_id})
             (count,) = connection.execute(
                 "SELECT COUNT(*) FROM checkpoints "
-                f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {_LIVE}",
+                f"WHERE store_id = :store AND experiment_id = :experiment AND status IN {LIVE}",
                 bind,
             ).fetchone()
         return taken, count
@@ -139,9 +130,11 @@ class CheckpointTable:
                 return False
             change = ", ".join(f"{name} = :{name}" for name in columns)
             connection.execute(f"UPDATE checkpoints SET {change} WHERE id = :id", bind)
-            connection.execute("DELETE FROM files WHERE checkpoint_id = :id", bind)
+            for table in ("files", "scores"):
+                connection.execute(f"DELETE FROM {table} WHERE checkpoint_id = :id", bind)
+            connection.executemany(_SCORE, scores_of(record))
             connection.executemany(_INSERT_FILE, [dict(zip(_FILE, (record.id, *file))) for file in files])
-            _bump_of(connection, record.id)
+            bump_of(connection, record.id)
         return True
 
     def fail(self, checkpoint_id: str) -> None:
@@ -150,19 +143,19 @@ class CheckpointTable:
 
     def set_pinned(self, checkpoint_id: str, pinned: bool) -> bool:
         """Protect a checkpoint from removal, or no longer; returns whether it is (still) there."""
-        return self._change(checkpoint_id, f"pinned = {int(pinned)}", f"status IN {_LIVE}")
+        return self._change(checkpoint_id, f"pinned = {int(pinned)}", f"status IN {LIVE}")
 
     def _change(self, checkpoint_id: str, change: str, only_if: str) -> bool:
         with self._db.transaction(durable=True) as connection:
             sql = f"UPDATE checkpoints SET {change} WHERE id = :id AND {only_if}"
             changed = bool(connection.execute(sql, {"id": checkpoint_id}).rowcount)
-            _bump_of(connection, checkpoint_id)
+            bump_of(connection, checkpoint_id)
         return changed
 
     def get(self, store_id: str, checkpoint_id: str) -> CheckpointRecord | None:
         """Return a committed or corrupt checkpoint of the store, or None."""
         found = self._records(
-            f"c.store_id = :store AND c.id = :id AND c.status IN {_LIVE}", store=store_id, id=checkpoint_id
+            f"c.store_id = :store AND c.id = :id AND c.status IN {LIVE}", store=store_id, id=checkpoint_id
         )
         return found[0] if found else None
 
@@ -170,22 +163,38 @@ class CheckpointTable:
         """Return the committed and corrupt checkpoints, of one experiment or all, in the order of their saves."""
         only = "" if experiment_id is None else "AND c.experiment_id = :experiment"
         return self._records(
-            f"c.store_id = :store {only} AND c.status IN {_LIVE} ORDER BY c.sequence",
+            f"c.store_id = :store {only} AND c.status IN {LIVE} ORDER BY c.sequence",
             store=store_id,
             experiment=experiment_id,
         )
 
     def of_experiment(self, experiment_id: str) -> list[CheckpointRecord]:
         """Return the experiment's committed and corrupt checkpoints in every store, oldest first."""
-        where = f"c.experiment_id = :experiment AND c.status IN {_LIVE} ORDER BY c.sequence"
+        where = f"c.experiment_id = :experiment AND c.status IN {LIVE} ORDER BY c.sequence"
         return self._records(where, experiment=experiment_id)
+
+    def search(self, source: str, binds: Mapping[str, Any], limit: int, offset: int) -> list[CheckpointRecord]:
+        """Return committed and corrupt checkpoints of every store, in the order of ``source``.
+
+        Args:
+            source: joins, a condition and an order for the tables ``c`` and ``e``: what goes behind FROM.
+            binds: the values in it.
+            limit, offset: how many at most, and how many are passed over.
+        """
+        sql = f"SELECT c.id FROM checkpoints c JOIN experiments e ON e.id = c.experiment_id {source}"
+        rows = self._db.query(f"{sql} LIMIT :limit OFFSET :offset", {**binds, "limit": limit, "offset": offset})
+        names = {f"i{place}": row[0] for place, row in enumerate(rows)}
+        if not rows:
+            return []
+        found = {r.id: r for r in self._records(f"c.id IN ({', '.join(f':{name}' for name in names)})", **names)}
+        return [found[checkpoint_id] for (checkpoint_id,) in rows if checkpoint_id in found]
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
         """Return the id of the newest save of the experiment, of one type or any, or None."""
         only = "" if checkpoint_type is None else "AND checkpoint_type = :type"
         rows = self._db.query(
             f"SELECT id FROM checkpoints WHERE store_id = :store AND experiment_id = :experiment {only} "
-            f"AND status IN {_LIVE} ORDER BY sequence DESC LIMIT 1",
+            f"AND status IN {LIVE} ORDER BY sequence DESC LIMIT 1",
             {"store": store_id, "experiment": experiment_id, "type": checkpoint_type},
         )
         return rows[0][0] if rows else None
@@ -199,19 +208,10 @@ class CheckpointTable:
         """Return the id of the experiment's best checkpoint by ``criterion`` if it is in this store, or None."""
         rows = self._db.query(
             "SELECT c.id FROM best b JOIN checkpoints c ON c.id = b.checkpoint_id WHERE b.experiment_id = :experiment "
-            f"AND b.criterion = :criterion AND c.store_id = :store AND c.status IN {_LIVE}",
+            f"AND b.criterion = :criterion AND c.store_id = :store AND c.status IN {LIVE}",
             {"experiment": experiment_id, "criterion": criterion, "store": store_id},
         )
         return rows[0][0] if rows else None
-
-    def elsewhere(self, store_id: str, experiment_id: str, path: str) -> list[str]:
-        """Return the directories other than ``path`` that hold checkpoints of the experiment."""
-        rows = self._db.query(
-            "SELECT DISTINCT s.path FROM checkpoints c JOIN stores s ON s.id = c.store_id "
-            f"WHERE c.experiment_id = :experiment AND c.store_id <> :store AND s.path <> :path AND c.status IN {_LIVE}",
-            {"experiment": experiment_id, "store": store_id, "path": path},
-        )
-        return [path for (path,) in rows]
 
     def home(self, checkpoint_id: str) -> tuple[str, str, str] | None:
         """Return store id, folder and status under which the database has a checkpoint, of whatever store, or None."""
@@ -228,7 +228,7 @@ class CheckpointTable:
             bind = {"id": checkpoint_id, "store": store_id}
             connection.execute("UPDATE checkpoints SET store_id = :store WHERE id = :id", bind)
             bump(connection, None)
-            sql = f"SELECT 1 FROM checkpoints WHERE id = :id AND status IN {_LIVE}"
+            sql = f"SELECT 1 FROM checkpoints WHERE id = :id AND status IN {LIVE}"
             return connection.execute(sql, bind).fetchone() is not None
 
     def statuses(self, store_id: str) -> dict[str, tuple[str, str, int]]:
@@ -267,7 +267,7 @@ class CheckpointTable:
         """Return the folder and the manifest digest of a committed checkpoint of any store, or None."""
         rows = self._db.query(
             "SELECT s.path, c.experiment_id, c.manifest_sha256 FROM checkpoints c JOIN stores s ON s.id = c.store_id "
-            f"WHERE c.id = :id AND c.status IN {_LIVE}",
+            f"WHERE c.id = :id AND c.status IN {LIVE}",
             {"id": checkpoint_id},
         )
         return (os.path.join(rows[0][0], rows[0][1], checkpoint_id), rows[0][2]) if rows else None
@@ -276,31 +276,10 @@ class CheckpointTable:
         """Return the ids of an experiment's checkpoints in every store (of all experiments for None), oldest first."""
         only = "" if experiment_id is None else "AND experiment_id = :experiment"
         rows = self._db.query(
-            f"SELECT id FROM checkpoints WHERE status IN {_LIVE} {only} ORDER BY store_id, sequence",
+            f"SELECT id FROM checkpoints WHERE status IN {LIVE} {only} ORDER BY store_id, sequence",
             {"experiment": experiment_id},
         )
         return [checkpoint_id for (checkpoint_id,) in rows]
-
-    def record_verification(self, checkpoint_id: str, result: Mapping[str, Any], verified_at: float) -> None:
-        """Store one outcome of verification: when, the result, and each file's digests; the status follows it."""
-        with self._db.transaction() as connection:
-            connection.execute(
-                "INSERT INTO verifications (checkpoint_id, verified_at, verified, error, files) "
-                "SELECT id, :at, :verified, :error, :files FROM checkpoints WHERE id = :id",
-                {
-                    "id": checkpoint_id,
-                    "at": verified_at,
-                    "verified": int(result["verified"]),
-                    "error": result["error"],
-                    "files": json.dumps(result["files"]),
-                },
-            )
-            changed = connection.execute(
-                f"UPDATE checkpoints SET status = :status WHERE id = :id AND status IN {_LIVE} AND status <> :status",
-                {"id": checkpoint_id, "status": "committed" if result["verified"] else "corrupt"},
-            )
-            if changed.rowcount:
-                _bump_of(connection, checkpoint_id)
 
     def _records(self, where: str, **bind: Any) -> list[CheckpointRecord]:
         # In one statement, which sees one state: a flag that moved between two would be nowhere, or at two checkpoints.
@@ -338,6 +317,18 @@ def details_of(record: CheckpointRecord) -> dict[str, Any]:
             if type(value) is float and value - value != 0:  # strict JSON has neither NaN nor the infinities
                 scores[name] = repr(value)
     return details
+
+
+def scores_of(record: CheckpointRecord) -> list[dict[str, Any]]:
+    """Return what a checkpoint can be found and ordered by, as rows: NaN has no place in an order."""
+    scores = {"loss": record.loss, "val_loss": record.val_loss}
+    for name, value in record.metrics.items():
+        scores[f"metrics.{name}"] = value
+    rows = []
+    for name, score in scores.items():
+        if score is not None and score == score:
+            rows.append({"id": record.id, "name": name, "value": max(-_LARGEST, min(_LARGEST, score))})
+    return rows
 
 
 def _insert(
@@ -387,10 +378,11 @@ def _hold(connection: Executes, experiment_id: str, criterion: str, checkpoint_i
 
 def bump(connection: Executes, store_id: str | None) -> None:
     """Change the revision of one store, or of all: what readers have cached is no longer true."""
-    connection.execute("UPDATE stores SET revision = revision + 1 WHERE id = COALESCE(:id, id)", {"id": store_id})
+    connection.execute(_BUMP, {"id": store_id})
 
 
-def _bump_of(connection: Executes, checkpoint_id: str) -> None:
+def bump_of(connection: Executes, checkpoint_id: str) -> None:
+    """Change the revision of the store that a checkpoint is in."""
     connection.execute(
         "UPDATE stores SET revision = revision + 1 WHERE id = (SELECT store_id FROM checkpoints WHERE id = :id)",
         {"id": checkpoint_id},

@@ -12,7 +12,9 @@ from model_checkpoint.database.checkpoints import CheckpointTable
 from model_checkpoint.database.experiments import ExperimentTable
 from model_checkpoint.database.metrics import MetricTable
 from model_checkpoint.database.schema import Executes
+from model_checkpoint.database.stores import StoreTable
 from model_checkpoint.database.tombstones import TombstoneTable
+from model_checkpoint.database.verifications import VerificationTable
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 
 # The scheme of a URL -> the class of its pool, loaded on use.
@@ -34,9 +36,10 @@ class EnhancedDatabaseConnection:
         busy_timeout: seconds to wait for another writer, or for a free connection, before an error.
 
     Attributes:
-        experiments, metrics, checkpoints, tombstones: the tables.
+        experiments, metrics, checkpoints, stores, tombstones, verifications: the tables.
         place: where it is, for people: a path, or a URL without its password.
         in_memory: whether it ends with this object.
+        max_name: characters of a metric's name, a tag or a project; what is a key on a server has to be short.
 
     Raises:
         ConfigurationError: the URL or ``pool_size`` cannot be used.
@@ -47,6 +50,8 @@ class EnhancedDatabaseConnection:
 
     place: str
     in_memory = False
+    max_name = 1 << 20  # characters
+    text_tests: Mapping[str, str]  # how its SQL tests a text, with {column}, {text} and {length} in it
 
     def __new__(cls, database_url: str = "sqlite:///experiments.db", *_: Any, **__: Any) -> EnhancedDatabaseConnection:
         """Return the pool for the URL's scheme, as ``pathlib.Path`` returns the class of its platform."""
@@ -69,7 +74,9 @@ class EnhancedDatabaseConnection:
         self.experiments = ExperimentTable(self)
         self.metrics = MetricTable(self)
         self.checkpoints = CheckpointTable(self)
+        self.stores = StoreTable(self)
         self.tombstones = TombstoneTable(self)
+        self.verifications = VerificationTable(self)
 
     def transaction(self, durable: bool = False, alone: bool = True) -> AbstractContextManager[Executes]:
         """Run a block in a write transaction: committed when it ends, rolled back when it raises.

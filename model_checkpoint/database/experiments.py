@@ -65,14 +65,39 @@ class ExperimentTable:
 
     def get(self, experiment_id: str) -> ExperimentRecord | None:
         """Return the experiment, or None."""
-        bind = {"id": experiment_id}
-        rows = self._db.query(f"SELECT {_COLUMNS} FROM experiments WHERE id = :id", bind)
-        if not rows:
-            return None
-        tags = self._db.query("SELECT tag FROM tags WHERE experiment_id = :id ORDER BY position", bind)
-        found = dict(zip(_COLUMNS.split(", "), rows[0]))
-        found.update(config=loads(found["config"]), metadata=loads(found["metadata"]))
-        return ExperimentRecord(**found, tags=tuple(loads(tag) for (tag,) in tags))
+        found = self._records(":id", {"id": experiment_id})
+        return found[0] if found else None
+
+    def search(self, source: str, binds: Mapping[str, Any], limit: int, offset: int) -> list[ExperimentRecord]:
+        """Return experiments, in the order of ``source``.
+
+        Args:
+            source: joins, a condition and an order for the table ``e``: what goes behind FROM.
+            binds: the values in it.
+            limit, offset: how many at most, and how many are passed over.
+        """
+        rows = self._db.query(
+            f"SELECT e.id FROM experiments e {source} LIMIT :limit OFFSET :offset",
+            {**binds, "limit": limit, "offset": offset},
+        )
+        places = {row[0]: place for place, row in enumerate(rows)}
+        names = {f"i{place}": row[0] for place, row in enumerate(rows)}
+        found = self._records(", ".join(f":{name}" for name in names), names) if rows else []
+        return sorted(found, key=lambda record: places[record.id])
+
+    def _records(self, ids: str, binds: Mapping[str, Any]) -> list[ExperimentRecord]:
+        rows = self._db.query(f"SELECT {_COLUMNS} FROM experiments WHERE id IN ({ids})", binds)
+        tags: dict[str, list[Any]] = {}
+        for experiment_id, tag in self._db.query(
+            f"SELECT experiment_id, tag FROM tags WHERE experiment_id IN ({ids}) ORDER BY position", binds
+        ):
+            tags.setdefault(experiment_id, []).append(loads(tag))
+        records = []
+        for row in rows:
+            found = dict(zip(_COLUMNS.split(", "), row))
+            found.update(config=loads(found["config"]), metadata=loads(found["metadata"]))
+            records.append(ExperimentRecord(**found, tags=tuple(tags.get(found["id"], ()))))
+        return records
 
     def add_tags(self, experiment_id: str, tags: Iterable[Any]) -> None:
         """Add tags behind those that there are; a tag that is there stays where it is."""
@@ -107,6 +132,7 @@ class ExperimentTable:
                     {
                         name: {"id": experiment_id, "name": name, "number": number, "text": text}
                         for name, number, text in flatten(config)
+                        if len(name) <= self._db.max_name  # a longer one is in the config, and cannot be searched for
                     }.values()
                 ),
             )

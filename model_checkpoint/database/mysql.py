@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from model_checkpoint.database.schema import Executes
 
@@ -22,6 +22,13 @@ class MySQLDialect:
     take_turn = "SELECT number FROM migrations WHERE number = 1 FOR UPDATE"
     lock_schema = f"SELECT GET_LOCK({_NAME}, :timeout)"
     unlock_schema = f"SELECT RELEASE_LOCK({_NAME})"
+
+    text_tests: ClassVar[dict[str, str]] = {
+        "matches": "{column} REGEXP {text}",
+        "contains": "LOCATE({text}, {column}) > 0",
+        "startswith": "LEFT({column}, {length}) = {text}",
+        "endswith": "RIGHT({column}, {length}) = {text}",
+    }
 
     def types(self, connection: Executes) -> Mapping[str, str]:
         """Return what tables are made of.

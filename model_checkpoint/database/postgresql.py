@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from model_checkpoint.database.schema import Executes
 
@@ -20,6 +20,13 @@ class PostgreSQLDialect:
     take_turn = f"SELECT pg_advisory_xact_lock({_LOCK})"
     lock_schema = f"SELECT 1 FROM pg_advisory_lock({_LOCK})"
     unlock_schema = f"SELECT pg_advisory_unlock({_LOCK})"
+
+    text_tests: ClassVar[dict[str, str]] = {
+        "matches": "{column} ~ {text}",
+        "contains": "STRPOS({column}, {text}) > 0",
+        "startswith": "LEFT({column}, {length}) = {text}",
+        "endswith": "RIGHT({column}, {length}) = {text}",
+    }
 
     def types(self, connection: Executes) -> Mapping[str, str]:
         """Return what tables are made of."""

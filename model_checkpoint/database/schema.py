@@ -6,12 +6,15 @@ which (MySQL has neither, SQLite turns NaN into NULL), and scores are JSON text 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from model_checkpoint.database.checkpoints import scores_of
 from model_checkpoint.database.columns import Columns
 from model_checkpoint.database.metrics import Summary, add_points
+from model_checkpoint.database.models import CheckpointRecord, decode_details
 from model_checkpoint.errors import FormatVersionError
 
 
@@ -90,8 +93,8 @@ def create_tables(connection: Executes, types: Mapping[str, str]) -> None:
 
 
 @migration
-def points_in_blocks(connection: Executes, types: Mapping[str, str]) -> None:
-    """Points move from a row each to blocks of them, series get summaries, writers are known by name."""
+def blocks_and_scores(connection: Executes, types: Mapping[str, str]) -> None:
+    """Points move from a row each to blocks of them; series get summaries, checkpoints scores to be found by."""
     for statement in _BLOCKS.format_map(types).split(";"):
         connection.execute(statement)
     rows = connection.execute("SELECT id, experiment_id, name FROM metric_series ORDER BY id").fetchall()
@@ -112,6 +115,12 @@ def points_in_blocks(connection: Executes, types: Mapping[str, str]) -> None:
             ]
             columns = Columns.of_points([row[0] for row in found], points)
             add_points(connection, {name: (new, None, *Summary())}, {name: columns})
+    for checkpoint_id, details in connection.execute("SELECT id, details FROM checkpoints").fetchall():
+        scores = decode_details(json.loads(details))
+        record = CheckpointRecord(checkpoint_id, "", **{name: scores[name] for name in ("loss", "val_loss", "metrics")})
+        connection.executemany(
+            "INSERT INTO scores (checkpoint_id, name, value) VALUES (:id, :name, :value)", scores_of(record)
+        )
     # The tables go in a step of their own: a server that commits every change of a table by itself must find
     # either the rows or the record of this step.
     connection.execute("DELETE FROM metric_points")
@@ -135,7 +144,14 @@ CREATE TABLE blocks (
     series_id {big} NOT NULL REFERENCES series(id), first_position {big} NOT NULL, points {big} NOT NULL,
     peaks {blob} NOT NULL, data {blob} NOT NULL, PRIMARY KEY (series_id, first_position)){end};
 CREATE TABLE writers (
-    id {id} PRIMARY KEY, batch {big} NOT NULL, written_at {real} NOT NULL){end}
+    id {id} PRIMARY KEY, batch {big} NOT NULL, written_at {real} NOT NULL){end};
+CREATE INDEX series_by_last ON series (name, last);
+CREATE INDEX series_by_low ON series (name, low);
+CREATE INDEX series_by_high ON series (name, high);
+CREATE TABLE scores (
+    checkpoint_id {id} NOT NULL REFERENCES checkpoints(id), name {name} NOT NULL, value {real} NOT NULL,
+    PRIMARY KEY (checkpoint_id, name)){clustered};
+CREATE INDEX scores_by_value ON scores (name, value)
 """
 
 _FIRST_SCHEMA = """

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
 from model_checkpoint.database.mysql import MySQLDialect
@@ -33,6 +33,7 @@ class Dialect(Protocol):
     driver: str
     drivername: str
     done_already: frozenset[int]
+    text_tests: ClassVar[dict[str, str]]
     take_turn: str
     lock_schema: str
     unlock_schema: str
@@ -59,6 +60,8 @@ _DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQLDialect, "mysql":
 class ServerPool(EnhancedDatabaseConnection):
     """A database on a PostgreSQL, MySQL or MariaDB server; see ``EnhancedDatabaseConnection``."""
 
+    max_name = 500  # 2,000 bytes at most; a key of PostgreSQL has 2,704, one of InnoDB 3,072 with its experiment's id
+
     def _start(self, pool_size: int, busy_timeout: float) -> None:
         self._dialect = _DIALECTS[self.database_url.partition(":")[0]]()
         purpose = f"a database_url that begins with {self.database_url.partition(':')[0]}://"
@@ -73,6 +76,7 @@ class ServerPool(EnhancedDatabaseConnection):
             ) from None
         if not url.database:
             raise ConfigurationError(f"database_url {url} names no database; add it: {url}/name")
+        self.text_tests = self._dialect.text_tests
         self.place = url.render_as_string(hide_password=True)
         self._password = url.password
         self._timeout = busy_timeout

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Sequence
 from io import FileIO
@@ -63,6 +64,12 @@ class SQLiteDialect:
         "end": "",
         "clustered": " WITHOUT ROWID",
     }
+    text_tests: ClassVar[dict[str, str]] = {
+        "matches": "{column} REGEXP {text}",
+        "contains": "INSTR({column}, {text}) > 0",
+        "startswith": "SUBSTR({column}, 1, {length}) = {text}",
+        "endswith": "SUBSTR({column}, -{length}, {length}) = {text}",
+    }
     # The second one comes from damaged text in the file.
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, UnicodeDecodeError)
 
@@ -94,6 +101,7 @@ class SQLiteDialect:
             connection.execute("PRAGMA schema_version")  # reads the file: an error here leaves nothing behind
             connection.execute("PRAGMA mmap_size=0")  # an I/O error in a mapping is SIGBUS, not an exception
             connection.execute("PRAGMA foreign_keys=ON")
+            connection.create_function("regexp", 2, _matches, deterministic=True)
             if not self.in_memory:
                 self._open_log(connection)
                 connection.inode = os.stat(self.path).st_ino
@@ -146,3 +154,7 @@ class SQLiteDialect:
         if connection.guard is not None:
             with contextlib.suppress(OSError):  # a lock: nothing was written to it, and the kernel has let go of it
                 connection.guard.close()
+
+
+def _matches(pattern: str, text: str | None) -> bool:
+    return text is not None and re.search(pattern, text) is not None

@@ -53,6 +53,7 @@ class SQLitePool(EnhancedDatabaseConnection):
                 "'sqlite:////absolute/file.db' or 'sqlite:///:memory:'"
             )
         self._dialect = SQLiteDialect(rest[1:], busy_timeout)
+        self.text_tests = self._dialect.text_tests
         self.place, self.in_memory = self._dialect.path, self._dialect.in_memory
         self._size = 1 if self._dialect.in_memory else pool_size
         self._transactions = 0

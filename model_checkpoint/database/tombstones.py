@@ -101,6 +101,6 @@ class TombstoneTable:
             for checkpoint_id in checkpoint_ids:
                 bind = {"id": checkpoint_id, "now": time.time()}
                 connection.execute("UPDATE tombstones SET purged_at = :now WHERE checkpoint_id = :id", bind)
-                for table in ("files", "verifications", "best"):
+                for table in ("files", "verifications", "best", "scores"):
                     connection.execute(f"DELETE FROM {table} WHERE checkpoint_id = :id", bind)
                 connection.execute("DELETE FROM checkpoints WHERE id = :id AND status = 'trashed'", bind)

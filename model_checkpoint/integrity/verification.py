@@ -125,13 +125,20 @@ class CheckpointRows(Protocol):
     def ids(self, experiment_id: str | None) -> list[str]:
         """Return the ids of an experiment's checkpoints (of all experiments for None), oldest first."""
 
-    def record_verification(self, checkpoint_id: str, result: dict[str, Any], verified_at: float) -> None:
+
+class Verifications(Protocol):
+    """Where outcomes are kept; ``database.verifications.VerificationTable`` is one."""
+
+    def record(self, checkpoint_id: str, result: dict[str, Any], verified_at: float) -> None:
         """Store one outcome."""
 
 
 class _Database(Protocol):
     @property
     def checkpoints(self) -> CheckpointRows: ...
+
+    @property
+    def verifications(self) -> Verifications: ...
 
 
 class CheckpointVerifier:
@@ -143,6 +150,7 @@ class CheckpointVerifier:
 
     def __init__(self, db: _Database) -> None:
         self._rows = db.checkpoints
+        self._outcomes = db.verifications
 
     def verify_checkpoint(self, checkpoint_id: str, on_bytes: Callable[[int], object] | None = None) -> dict[str, Any]:
         """Hash every file of one checkpoint and compare with its manifest and its row.
@@ -162,7 +170,7 @@ class CheckpointVerifier:
             raise CheckpointNotFoundError(checkpoint_id, "list_checkpoints() shows those that there are")
         result = verify_folder(*where, on_bytes=on_bytes)
         verified_at = time.time()
-        self._rows.record_verification(checkpoint_id, result, verified_at)
+        self._outcomes.record(checkpoint_id, result, verified_at)
         return {"checkpoint_id": checkpoint_id, "verified_at": verified_at, **result}
 
     def verify_experiment_checkpoints(self, experiment_id: str | None = None) -> dict[str, Any]:

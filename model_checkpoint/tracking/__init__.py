@@ -1,5 +1,6 @@
 """Tracking experiments."""
 
 from model_checkpoint.tracking.experiment_tracker import ExperimentTracker
+from model_checkpoint.tracking.queries import Queries
 
-__all__ = ["ExperimentTracker"]
+__all__ = ["ExperimentTracker", "Queries"]

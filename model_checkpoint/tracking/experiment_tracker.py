@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +22,9 @@ from model_checkpoint.errors import (
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.history import MetricHistory, history_of, to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
+from model_checkpoint.tracking.queries import Queries
 from model_checkpoint.tracking.report import FORMATS, render
-from model_checkpoint.utils.jsonable import text, to_jsonable, to_number, to_step
+from model_checkpoint.utils.jsonable import dumps, short_text, text, to_jsonable, to_number, to_step
 
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
 STATUSES = ("running", "completed", "failed", "interrupted")
@@ -80,7 +81,12 @@ class ExperimentTracker:
         if experiment.parent_id is not None and database.experiments.get(experiment.parent_id) is None:
             database.close()
             raise ExperimentNotFoundError(f"parent experiment {experiment.parent_id!r} is not in {database!r}")
-        database.experiments.create(experiment)
+        try:
+            _check_lengths(database, experiment.tags, experiment.project)
+            database.experiments.create(experiment)
+        except BaseException:
+            database.close()
+            raise
         self._open(database, experiment)
 
     @classmethod
@@ -132,7 +138,7 @@ class ExperimentTracker:
         if self._ended:
             raise self._closed()
         if type(name) is not str or name not in self._names:
-            self._names.add(text(name, "metric name"))
+            self._names.add(short_text(name, "metric name", self.database.max_name))
         if type(value) is not float:
             value = to_number(value, f"metrics.{name}")
         self._writer.put((name, value, None if step is None else to_step(step), time.time()))
@@ -147,7 +153,7 @@ class ExperimentTracker:
         where = None if step is None else to_step(step)
         for name in metrics:
             if name not in self._names:
-                self._names.add(text(name, "metric name"))
+                self._names.add(short_text(name, "metric name", self.database.max_name))
         self._writer.extend(
             [
                 (name, value if type(value) is float else to_number(value, f"metrics.{name}"), where, at)
@@ -169,7 +175,7 @@ class ExperimentTracker:
         if self._ended:
             raise self._closed()
         columns = to_columns(values, steps, time.time(), f"metrics.{name}")
-        self._names.add(text(name, "metric name"))
+        self._names.add(short_text(name, "metric name", self.database.max_name))
         for start in range(0, len(columns), _AT_ONCE):
             self._writer.put((name, columns[start : start + _AT_ONCE]))
 
@@ -189,7 +195,9 @@ class ExperimentTracker:
 
     def add_tags(self, tags: Any) -> None:
         """Add tags, a list of JSON values or a single one; those that are there already stay where they are."""
-        self.database.experiments.add_tags(self.experiment_id, _tags(tags))
+        new = _tags(tags)
+        _check_lengths(self.database, new)
+        self.database.experiments.add_tags(self.experiment_id, new)
         self.version += 1
 
     def set_status(self, status: str) -> None:
@@ -201,6 +209,11 @@ class ExperimentTracker:
         if status not in STATUSES:
             raise ConfigurationError(f"status {status!r} is unknown; use one of {', '.join(STATUSES)}")
         self.database.experiments.set_status(self.experiment_id, status)
+
+    @property
+    def queries(self) -> Queries:
+        """Questions about all experiments and checkpoints of this database."""
+        return Queries(self.database)
 
     @property
     def record(self) -> ExperimentRecord:
@@ -340,3 +353,10 @@ def _tags(tags: Any) -> tuple[Any, ...]:
         return ()
     many = isinstance(tags, (list, tuple, set, frozenset))
     return tuple(to_jsonable(list(tags) if many else [tags], "tags"))
+
+
+def _check_lengths(database: EnhancedDatabaseConnection, tags: Iterable[Any], project: str | None = None) -> None:
+    for place, tag in enumerate(tags):
+        short_text(dumps(tag), f"tags[{place}]", database.max_name)
+    if project is not None:
+        short_text(project, "project_name", database.max_name)

@@ -82,6 +82,17 @@ def text(value: Any, path: str) -> str:
     return str.__str__(value)  # the text itself, also of an Enum that is a str
 
 
+def short_text(value: Any, path: str, limit: int) -> str:
+    """Return ``value`` as ``text`` does, if it has no more than ``limit`` characters.
+
+    Raises:
+        UnsupportedValueError: it is longer, or what ``text`` refuses.
+    """
+    if len(text(value, path)) > limit:
+        raise UnsupportedValueError(path, value, f"it has {len(value):,} characters, and may have {limit:,} there")
+    return str(value)
+
+
 def to_step(value: Any) -> int:
     """Return a step as an int that every database can store.
 

@@ -145,7 +145,7 @@ class World:
         database = EnhancedDatabaseConnection(self.url)
         try:
             directory = CheckpointDirectory(self.directory)
-            database.checkpoints.open_store(directory.store_id, directory.path)
+            database.stores.open(directory.store_id, directory.path)
             return recover(directory, database, {})
         finally:
             database.close()

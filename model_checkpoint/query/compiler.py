@@ -1,0 +1,271 @@
+"""The tree of a filter -> SQL with binds, for experiments and for checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from model_checkpoint.errors import QueryError
+from model_checkpoint.query.language import (
+    Compare,
+    Every,
+    Field,
+    Flag,
+    Holds,
+    Member,
+    Missing,
+    Node,
+    Not,
+    TextTest,
+    Value,
+    parse,
+    parse_field,
+)
+from model_checkpoint.utils.jsonable import dumps
+
+_LARGEST = 1.7976931348623157e308  # stands for infinity in the database
+# Of a series: what users call it -> its column.
+_PARTS = {
+    "last": "last",
+    "min": "low",
+    "max": "high",
+    "mean": "total / NULLIF(numbers, 0)",
+    "points": "points",
+}
+_EXPERIMENT = {
+    "id": "e.id",
+    "name": "e.name",
+    "project": "e.project",
+    "status": "e.status",
+    "parent": "e.parent_id",
+    "created_at": "e.created_at",
+    "ended_at": "e.ended_at",
+    "age": "(:now - e.created_at)",
+    "duration": "(COALESCE(e.ended_at, :now) - e.created_at)",
+}
+_CHECKPOINT = {
+    "id": "c.id",
+    "experiment_id": "c.experiment_id",
+    "checkpoint_type": "c.checkpoint_type",
+    "epoch": "c.epoch",
+    "step": "c.step",
+    "size": "c.size",
+    "pinned": "c.pinned",
+    "created_at": "c.created_at",
+    "age": "(:now - c.created_at)",
+}
+_TEXTS = {"id", "name", "project", "status", "parent", "experiment_id", "checkpoint_type"}
+
+
+@dataclass
+class Compiled:
+    """A piece of SQL.
+
+    Attributes:
+        where: a condition.
+        joins: what it needs behind FROM.
+        order: what goes behind ORDER BY.
+        binds: the values, by name.
+    """
+
+    where: str = "1 = 1"
+    joins: str = ""
+    order: str = ""
+    binds: dict[str, Value] = field(default_factory=dict)
+
+
+def compile_filter(text: str | None, kind: str, tests: Mapping[str, str], now: float) -> Compiled:
+    """Return the condition that a filter is.
+
+    Args:
+        text: the filter; None lets everything through.
+        kind: ``experiments`` (table ``e``) or ``checkpoints`` (table ``c``, of the experiment ``e``).
+        tests: how the database tests texts, with {column}, {text} and {length} in it.
+        now: Unix seconds, for ages.
+
+    Raises:
+        QueryError: it cannot be understood, or names what there is not; it points at the place.
+    """
+    made = Compiled()
+    if text is not None:
+        made.where = _Compiler(text, kind, tests, made, now).condition(parse(text))
+    return made
+
+
+def compile_order(text: str | None, kind: str, made: Compiled, now: float) -> None:
+    """Put an order into ``made``: fields with commas between them, each with ``desc`` or ``asc`` behind it or not.
+
+    What has no value comes last, in either direction.
+
+    Raises:
+        QueryError: a part is no field.
+    """
+    parts = []
+    for part in re.split(r",(?![^\[]*\])", text) if text else []:
+        match = re.fullmatch(r"(.*?)(?:\s+(asc|desc))?", part.strip(), re.IGNORECASE | re.DOTALL)
+        assert match is not None
+        name, direction = match[1], (match[2] or "asc").upper()
+        compiler = _Compiler(name, kind, {}, made, now)
+        parts += [f"{key} IS NULL, {key} {direction}" for key in compiler.sort_keys(parse_field(name))]
+    made.order = ", ".join([*parts, *(["e.created_at DESC, e.id"] if kind == "experiments" else ["c.sequence DESC"])])
+
+
+class _Column(Protocol):
+    """A field in SQL; each method returns a condition that is true or false, never NULL."""
+
+    @property
+    def sort_keys(self) -> list[str]:
+        """What to sort by."""
+
+    def meets(self, condition: str) -> str:
+        """Return the condition that the field is there and ``condition``, with {number} and {text} in it, holds."""
+
+
+@dataclass
+class _Scalar:
+    """A column of the row itself."""
+
+    column: str
+    is_text: bool
+
+    @property
+    def sort_keys(self) -> list[str]:
+        return [self.column]
+
+    def meets(self, condition: str) -> str:
+        number, text = ("NULL", self.column) if self.is_text else (self.column, "NULL")
+        return f"COALESCE({condition.format(number=number, text=text)}, 1 = 0)"
+
+
+@dataclass
+class _Child:
+    """A row of another table, which has one for each name or none."""
+
+    owner: str
+    rows: str  # SELECT owner FROM table WHERE name
+    number: str
+    text: str
+    sort_keys: list[str]
+
+    def meets(self, condition: str) -> str:
+        inner = condition.format(number=self.number, text=self.text)
+        return f"{self.owner} IN ({self.rows} AND {inner})"
+
+
+class _Compiler:
+    def __init__(self, text: str, kind: str, tests: Mapping[str, str], made: Compiled, now: float) -> None:
+        self._text = text
+        self._kind = kind
+        self._tests = tests
+        self._made = made
+        self._now = now
+
+    def _bind(self, value: Value) -> str:
+        if isinstance(value, bool):
+            value = int(value)
+        if isinstance(value, float):
+            value = max(-_LARGEST, min(_LARGEST, value))
+        name = f"q{len(self._made.binds)}"
+        self._made.binds[name] = value
+        return f":{name}"
+
+    def condition(self, node: Node) -> str:
+        if isinstance(node, Every):
+            return "(" + (" OR " if node.any else " AND ").join(map(self.condition, node.nodes)) + ")"
+        if isinstance(node, Not):
+            return f"(NOT {self.condition(node.node)})"
+        if isinstance(node, Holds):
+            return self._holds(node)
+        column = self._column(node.field)
+        if isinstance(node, Compare):
+            return column.meets(self._comparison(node.operator, node.value))
+        if isinstance(node, Member):
+            wanted = [column.meets(self._comparison("=", value)) for value in node.values if value is not None]
+            wanted += [self._missing(column)] * (None in node.values)
+            return "(" + " OR ".join(wanted or ["1 = 0"]) + ")"
+        if isinstance(node, Missing):
+            return self._missing(column)
+        if isinstance(node, Flag):
+            return column.meets("({number} <> 0)")
+        return self._text_test(node, column)
+
+    def _missing(self, column: _Column) -> str:
+        return f"(NOT {column.meets('({number} IS NOT NULL OR {text} IS NOT NULL)')})"
+
+    def _comparison(self, operator: str, value: Value) -> str:
+        place = self._bind(value)
+        if not isinstance(value, str):
+            other = " OR ({number} IS NULL AND {text} IS NOT NULL)" if operator == "<>" else ""
+            return f"({{number}} {operator} {place}{other})"
+        other = " OR {number} IS NOT NULL" if operator == "<>" else ""
+        return f"(({{number}} IS NULL AND {{text}} {operator} {place}){other})"
+
+    def _text_test(self, node: TextTest, column: _Column) -> str:
+        if node.test == "matches":
+            try:
+                re.compile(node.text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise self._error(f"{node.text!r} is no regular expression: {error}", node.field) from None
+        places = {"column": "{text}", "text": self._bind(node.text), "length": str(len(node.text))}
+        return column.meets("({number} IS NULL AND " + self._tests[node.test].format_map(places) + ")")
+
+    def _holds(self, node: Holds) -> str:
+        if node.field.parts not in (("tags",), ("experiment", "tags")):
+            raise self._error(f"{node.field} is no set; 'in' goes with tags, or with a list of values", node.field)
+        tag = self._bind(dumps(node.value))
+        return f"e.id IN (SELECT experiment_id FROM tags WHERE tag = {tag})"
+
+    def sort_keys(self, wanted: Field) -> list[str]:
+        return self._column(wanted, join=True).sort_keys
+
+    def _column(self, wanted: Field, join: bool = False) -> _Column:
+        head, *rest = wanted.parts
+        if head == "experiment" and rest and self._kind == "checkpoints":
+            return self._of_experiment(Field(tuple(rest), wanted.column), join)
+        if self._kind == "checkpoints":
+            if not rest and head in _CHECKPOINT:
+                return self._scalar(_CHECKPOINT[head], head)
+            if (not rest and head in ("loss", "val_loss")) or (head == "metrics" and rest):
+                return self._child("scores", "checkpoint_id", "c.id", str(wanted), "value", join)
+        return self._of_experiment(wanted, join)
+
+    def _of_experiment(self, wanted: Field, join: bool) -> _Column:
+        head, *rest = wanted.parts
+        if not rest and head in _EXPERIMENT:
+            return self._scalar(_EXPERIMENT[head], head)
+        if head == "config" and rest:
+            return self._child("parameters", "experiment_id", "e.id", ".".join(rest), "number", join)
+        if head == "metrics" and rest:
+            part = rest.pop() if len(rest) > 1 and rest[-1] in _PARTS else "last"
+            return self._child("series", "experiment_id", "e.id", ".".join(rest), _PARTS[part], join)
+        if head == "tags":
+            raise self._error("tags is a set; ask 'baseline' in tags", wanted)
+        known = [*(_CHECKPOINT if self._kind == "checkpoints" else ()), *_EXPERIMENT]
+        known += ["tags", "config.<name>", "metrics.<name>"]
+        raise self._error(f"there is no {wanted}; there are {', '.join(dict.fromkeys(known))}", wanted)
+
+    def _scalar(self, column: str, name: str) -> _Column:
+        if ":now" in column:
+            self._made.binds["now"] = self._now
+        return _Scalar(column, name in _TEXTS)
+
+    def _child(self, table: str, owner: str, row: str, name: str, number: str, join: bool) -> _Column:
+        place = self._bind(name)
+        only = " AND attempt = 0" if table == "series" else ""
+        text = "text" if table == "parameters" else "NULL"
+        rows = f"SELECT {owner} FROM {table} WHERE name = {place}{only}"
+        keys = []
+        if join:
+            alias = f"j{place[1:]}"
+            columns = f"{owner}, {number} AS number, {text} AS text"
+            self._made.joins += (
+                f" LEFT JOIN (SELECT {columns} FROM {table} WHERE name = {place}{only}) {alias} "
+                f"ON {alias}.{owner} = {row}"
+            )
+            keys = [f"{alias}.number", f"{alias}.text"] if table == "parameters" else [f"{alias}.number"]
+        return _Child(row, rows, number, text, keys)
+
+    def _error(self, problem: str, wanted: Field) -> QueryError:
+        return QueryError(problem, self._text, wanted.column)

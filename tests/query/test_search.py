@@ -1,0 +1,382 @@
+"""Filters: on every database they find what Python itself would, say where they are wrong, and run nothing (row 20)."""
+
+from __future__ import annotations
+
+import math
+import random
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
+from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.errors import ConfigurationError, QueryError
+from tests.servers import KINDS, new_database
+
+RUNS: list[dict[str, Any]] = [
+    {
+        "name": "resnet18",
+        "project": "vision",
+        "tags": ["baseline"],
+        "config": {"optimizer": {"lr": 0.1, "name": "sgd"}},
+    },
+    {
+        "name": "resnet50",
+        "project": "vision",
+        "tags": ["baseline", "a'b"],
+        "config": {"optimizer": {"lr": 1e-3}, "amp": True},
+    },
+    {
+        "name": "vit",
+        "project": None,
+        "tags": [],
+        "config": {"optimizer": {"lr": 1e-4, "name": "adam"}, "amp": False, "id": "5"},
+    },
+    {"name": "größe %_", "project": "text", "tags": ["x", 5], "config": {"id": 5, "none": None, "layers": [64, 32]}},
+    {"name": "", "project": "text", "tags": ["A"], "config": {}},
+]
+LOSSES = [[0.9, 0.2, 0.4], [0.5, math.nan], [math.inf, 0.25], [], [0.3]]
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def queries(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queries]:
+    folder = tmp_path_factory.mktemp("queries")
+    with new_database(request.param, folder) as url:
+        for number, (run, losses) in enumerate(zip(RUNS, LOSSES)):
+            tracker = ExperimentTracker(
+                run["name"], run["project"], tags=run["tags"], config=run["config"], database_url=url
+            )
+            tracker.log_arrays("val_loss", losses)
+            tracker.log_metric("val/acc 1", number)
+            with EnhancedCheckpointManager(tracker, folder / "saved", max_checkpoints=10) as manager:
+                for epoch in range(2):
+                    manager.save_checkpoint(
+                        {"w": [1.0]}, epoch=epoch, loss=number + epoch / 2, metrics={"acc": number / 10 - epoch}
+                    )
+            tracker.close("failed" if number == 2 else "completed")
+        with Queries(url) as queries:
+            yield queries
+
+
+def found(queries: Queries, filter: str | None, **options: Any) -> list[int]:
+    names = [run["name"] for run in RUNS]
+    return [names.index(record.name) for record in queries.search_experiments(filter, **options)]
+
+
+@pytest.mark.parametrize(
+    ("filter", "expected"),
+    [
+        ("metrics.val_loss.min < 0.3 and config.optimizer.lr >= 1e-3", [0]),
+        (
+            "metrics.val_loss.min < 0.6 and config.optimizer.lr >= 1e-3 and ('baseline' in tags or project == 'vision')"
+            " and name.matches('resnet.*')",
+            [0, 1],
+        ),
+        ("not config.optimizer.lr > 0.01", [1, 2, 3, 4]),
+        ("0.2 < metrics.val_loss.min <= 0.5", [1, 2, 4]),
+        ("metrics.val_loss.last == 0.4", [0]),
+        ("metrics.val_loss < 0.35", [2, 4]),
+        ("metrics.val_loss.last is None", [1, 3]),
+        ("metrics.val_loss.max > 1e308", [2]),
+        ("metrics.val_loss.points == 2", [1, 2]),
+        ("metrics.val_loss.mean == 0.5", [0, 1]),
+        ('metrics["val/acc 1"] >= 3', [3, 4]),
+        ('3 <= metrics["val/acc 1"].max', [3, 4]),
+        ("project is None", [2]),
+        ("project is not None", [0, 1, 3, 4]),
+        ("project != 'vision'", [3, 4]),
+        ("project in ('text', None)", [2, 3, 4]),
+        ("project not in ['text', None]", [0, 1]),
+        ("project in ()", []),
+        ("name == ''", [4]),
+        ("config.amp", [1]),
+        ("not config.amp", [0, 2, 3, 4]),
+        ("config.amp == False", [2]),
+        ("config.id == 5", [3]),
+        ("config.id == '5'", [2]),
+        ("config.id != 5", [2]),
+        ("config.none is None and config.id is not None", [2, 3]),
+        ("config.layers[0] == 64", [3]),
+        ("config['layers'][1] < 64", [3]),
+        ("config.optimizer.name != 'sgd'", [2]),
+        ("'a\\'b' in tags", [1]),
+        ("5 in tags", [3]),
+        ("'a' in tags or 'A' in tags", [4]),
+        ("'baseline' not in tags", [2, 3, 4]),
+        ("name.contains('%_')", [3]),
+        ("name.startswith('größe')", [3]),
+        ("name.endswith('net50') or name.endswith('%_')", [1, 3]),
+        ("name.matches('^resnet(18|5)')", [0, 1]),
+        ("name.startswith('RES')", []),
+        ("status == 'failed'", [2]),
+        ("age < days(1) and not age < seconds(-1) and created_at > 0 and duration >= 0", [0, 1, 2, 3, 4]),
+        ("age > weeks(2)", []),
+        ("(name == 'vit'\n  or name == 'resnet18')  # two of them", [0, 2]),
+        ("not (name == 'vit' or not project == 'vision')", [0, 1]),
+    ],
+)
+def test_filters_find_the_same_on_every_database(queries: Queries, filter: str, expected: list[int]) -> None:
+    assert sorted(found(queries, filter)) == expected
+
+
+def test_order_limit_and_offset(queries: Queries) -> None:
+    assert found(queries, None) == [4, 3, 2, 1, 0]  # newest first
+    assert found(queries, None, order_by="metrics.val_loss.min") == [0, 2, 4, 1, 3]  # what has none comes last
+    assert found(queries, None, order_by="metrics.val_loss.min DESC") == [1, 4, 2, 0, 3]
+    assert found(queries, None, order_by='project desc, metrics["val/acc 1"] desc') == [1, 0, 4, 3, 2]
+    assert found(queries, None, order_by="config.id, name") == [3, 2, 4, 0, 1]
+    assert found(queries, None, order_by='metrics["val/acc 1"]', limit=2, offset=1) == [1, 2]
+    assert found(queries, "project == 'vision'", limit=0) == []
+
+
+def test_the_best_checkpoint_across_runs_is_one_call(queries: Queries) -> None:
+    (best,) = queries.search_checkpoints("project == 'text'", order_by="metrics.acc desc", limit=1)
+    assert (best.metrics["acc"], best.loss, best.epoch) == (0.4, 4.0, 0)
+    rows = queries.search_checkpoints("loss < 2 and experiment.metrics.val_loss.min < 1", order_by="loss")
+    assert [row.loss for row in rows] == [0.0, 0.5, 1.0, 1.5]
+    rows = queries.search_checkpoints(
+        "epoch == 1 and config.optimizer.lr > 0 and not pinned", order_by="experiment.name"
+    )
+    assert [row.loss for row in rows] == [0.5, 1.5, 2.5]
+    newest = queries.search_checkpoints(limit=3)
+    assert [row.loss for row in newest] == [4.5, 4.0, 3.5]
+    assert queries.search_checkpoints("size > 1e9 or checkpoint_type == 'none'") == []
+
+
+def test_reading_changes_nothing(queries: Queries) -> None:
+    database = queries.database
+    before = [
+        database.query(f"SELECT COUNT(*) FROM {table}") for table in ("experiments", "tags", "parameters", "series")
+    ]
+    for filter in ("name == '; DROP TABLE experiments --'", "'x\\'); DELETE FROM tags; --' in tags"):
+        assert found(queries, filter) == []
+    after = [
+        database.query(f"SELECT COUNT(*) FROM {table}") for table in ("experiments", "tags", "parameters", "series")
+    ]
+    assert before == after
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("filter", "problem", "column"),
+    [
+        ("nme == 'a'", "there is no nme", 0),
+        ("name == 'a' and nme == 'a'", "there is no nme", 16),
+        ("'ü' == name and näme == 1", "there is no näme", 16),
+        ("name == 'a'\nand bad > 1", "there is no bad", 16),
+        ("name = 'a'", "no filter", 0),
+        ("name == ", "no filter", None),
+        ("", "condition is needed", 0),
+        ("1", "condition is needed", 0),
+        ("name == name", "a name on one side", 8),
+        ("1 < 2", "a name on one side", 0),
+        ("name == None", "use 'is None'", 8),
+        ("name is 'a'", "use ==", 8),
+        ("name.upper() == 'A'", "a name on one side", 0),
+        ("name.upper()", "no such function", 0),
+        ("name.matches('(')", "no regular expression", 0),
+        ("name.matches(5)", "takes one text", 0),
+        ("name.matches('a', 'b')", "one argument", 0),
+        ("age < fortnights(2)", "value is needed", 6),
+        ("age < days('x')", "value is needed", 6),
+        ("'a' in name", "is no set", 7),
+        ("tags == 'a'", "ask 'baseline' in tags", 0),
+        ("config == 1", "there is no config", 0),
+        ("metrics.a + 1 > 2", "name is needed", 0),
+        ("name == b'a'", "value is needed", 8),
+        ("name == 'a\\0'", "no database stores", 8),
+        ("age == 10000000000000000000000", "64 bits", 7),
+        ("(lambda: 1)()", "no such function", 0),
+        ("__import__('os').system('true')", "no such function", 0),
+        ("[x for x in tags]", "condition is needed", 0),
+        ("(name := 'a') == 'a'", "name is needed", 1),
+        ("(" * 40 + "name == 'a'" + ")" * 40 + " and " + "not " * 60 + "config.amp", "levels deep", 0),
+        ("(" * 5000, "no filter", None),
+        ("name == 'a' or " * 2000, "characters", 0),
+    ],
+)
+def test_what_is_no_filter_is_an_error_that_points_at_the_place(filter: str, problem: str, column: int | None) -> None:
+    with Queries("sqlite:///:memory:") as queries, pytest.raises(QueryError, match=problem) as caught:
+        queries.search_experiments(filter)
+    assert isinstance(caught.value, ValueError)
+    if column is not None:
+        assert caught.value.column == column
+        assert str(caught.value).endswith("^")
+
+
+@pytest.mark.parametrize("order", ["nme", "name up", "name; DROP TABLE experiments", "", "name,", "tags", "1"])
+def test_what_is_no_order_is_refused(order: str) -> None:
+    with Queries("sqlite:///:memory:") as queries:
+        if order == "":
+            assert queries.search_experiments(order_by=order) == []
+        else:
+            with pytest.raises(QueryError):
+                queries.search_experiments(order_by=order)
+
+
+@pytest.mark.parametrize("options", [{"limit": -1}, {"offset": -1}, {"limit": "5"}, {"limit": 10**6}, {"limit": True}])
+def test_a_limit_that_is_no_count_is_refused(options: dict[str, Any]) -> None:
+    with Queries("sqlite:///:memory:") as queries, pytest.raises(ConfigurationError, match="must be a count"):
+        queries.search_experiments(**options)
+
+
+INJECTIONS = [
+    "' OR '1'='1",
+    "'; DROP TABLE experiments; --",
+    '" OR ""="',
+    "') OR 1=1 --",
+    "\\'; SELECT pg_sleep(10); --",
+    "%s %(x)s :q0 {0} {column} ?",
+    "/* */ UNION SELECT * FROM experiments",
+    "\\",
+    "`a` $$a$$",
+]
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_a_text_is_a_text_wherever_it_stands(queries: Queries, text: str) -> None:
+    """In a value, in a name between brackets, in a tag, in an order: each is a bind of the statement."""
+    quoted = repr(text)
+    for filter in (
+        f"name == {quoted}",
+        f"{quoted} in tags",
+        f"config[{quoted}] == {quoted}",
+        f"metrics[{quoted}].min < 5",
+        f"name in ({quoted}, {quoted})",
+        f"name.contains({quoted})",
+        f"name.startswith({quoted}) or name.endswith({quoted})",
+    ):
+        assert found(queries, filter) == []
+        assert sorted(found(queries, f"not ({filter})")) == [0, 1, 2, 3, 4]
+    assert len(found(queries, None, order_by=f"metrics[{quoted}].max desc")) == 5
+
+
+def test_texts_that_were_stored_are_found_by_themselves(tmp_path: Path) -> None:
+    with Queries(f"sqlite:///{tmp_path}/runs.db") as queries:
+        for text in INJECTIONS:
+            run = ExperimentTracker(
+                text, text, tags=[text], config={text: text}, database_url=f"sqlite:///{tmp_path}/runs.db"
+            )
+            run.close()
+        for text in INJECTIONS:
+            quoted = repr(text)
+            filter = f"name == {quoted} and project == {quoted} and {quoted} in tags and config[{quoted}] == {quoted}"
+            assert [record.name for record in queries.search_experiments(filter)] == [text]
+
+
+@pytest.fixture(scope="module")
+def empty() -> Iterator[Queries]:
+    database = EnhancedDatabaseConnection("sqlite:///:memory:")
+    yield Queries(database)
+    database.close()
+
+
+WORDS = [
+    "name",
+    "tags",
+    "config.a",
+    "metrics.b.min",
+    "and",
+    "or",
+    "not",
+    "in",
+    "is",
+    "None",
+    "<",
+    "==",
+    "(",
+    ")",
+    "'x'",
+    "5",
+]
+WORDS += [
+    "-",
+    "[",
+    "]",
+    ",",
+    ".matches('a')",
+    "days(1)",
+    "\n",
+    "#",
+    "lambda",
+    ":",
+    "*",
+    "if",
+    "else",
+    "f'{name}'",
+    "\\",
+    "'",
+]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.one_of(st.text(max_size=60), st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)))
+@example(text="a\r\n== 1\r")
+@example(text="\ud800 == name")
+@example(text="\x0c name == 1")
+@example(text="name == 1 ) or (name == 1")
+def test_any_text_is_a_filter_or_a_query_error(empty: Queries, text: str) -> None:
+    column = 0
+    try:
+        assert empty.search_experiments(text) == []
+    except QueryError as error:
+        column = error.column
+    assert 0 <= column <= len(text)
+
+
+def test_filters_agree_with_python(queries: Queries, chance: random.Random) -> None:
+    """The oracle evaluates the same text with Python, on the runs that the test made."""
+    atoms = ["loss < {n}", "loss >= {n}", "{n} < loss <= {m}", "lr > {n}", "'baseline' in tags", "name == 'vit'"]
+    atoms += ["project == 'text'", "project is None", "name in ('vit', 'resnet18')", "lr is not None", "loss is None"]
+    names = {"loss": "metrics.val_loss.min", "lr": "config.optimizer.lr"}
+
+    class Maybe(float):
+        """A number that is not there: no comparison with it holds."""
+
+    def filter(depth: int) -> str:
+        if depth == 0 or chance.random() < 0.3:
+            return chance.choice(atoms).format(n=round(chance.uniform(-0.1, 1), 2), m=round(chance.uniform(0, 1), 2))
+        sides = [filter(depth - 1) for _ in range(chance.randrange(1, 4))]
+        joined = chance.choice([" and ", " or "]).join(f"({side})" for side in sides)
+        return f"not ({joined})" if chance.random() < 0.3 else joined
+
+    def facts(run: dict[str, Any], losses: list[float]) -> dict[str, Any]:
+        numbers = [value for value in losses if value == value]
+        return {
+            "loss": min(numbers) if numbers else Maybe("nan"),
+            "lr": run["config"].get("optimizer", {}).get("lr", Maybe("nan")),
+            "tags": run["tags"],
+            "name": run["name"],
+            "project": run["project"],
+        }
+
+    for _ in range(60):
+        text = filter(3)
+        ours = text
+        for short, long in names.items():
+            ours = ours.replace(short, long)
+        oracle = text.replace("loss is None", "isinstance(loss, Maybe)").replace(
+            "lr is not None", "not isinstance(lr, Maybe)"
+        )
+        expected = [
+            number
+            for number, (run, losses) in enumerate(zip(RUNS, LOSSES))
+            if eval(oracle, {"Maybe": Maybe, "isinstance": isinstance}, facts(run, losses))  # noqa: S307 - made above
+        ]
+        assert sorted(found(queries, ours)) == expected, ours
+
+
+def test_the_names_of_a_filter_are_documented() -> None:
+    """What the error offers is what the docstring explains."""
+    with Queries("sqlite:///:memory:") as queries, pytest.raises(QueryError) as caught:
+        queries.search_checkpoints("x == 1")
+    offered = str(caught.value).partition("there are ")[2].partition("\n")[0].split(", ")
+    for name in offered:
+        assert name.strip(string.whitespace) in (Queries.__doc__ or ""), name

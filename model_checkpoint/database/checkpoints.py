@@ -272,6 +272,15 @@ class CheckpointTable:
         )
         return (os.path.join(rows[0][0], rows[0][1], checkpoint_id), rows[0][2]) if rows else None
 
+    def position(self, experiment_id: str, checkpoint_id: str) -> int | None:
+        """Return how many metric points an experiment had at a committed checkpoint of its; None: there is no such."""
+        rows = self._db.query(
+            "SELECT metric_position FROM checkpoints WHERE id = :id AND experiment_id = :experiment "
+            f"AND status IN {LIVE}",
+            {"id": checkpoint_id, "experiment": experiment_id},
+        )
+        return rows[0][0] if rows else None
+
     def ids(self, experiment_id: str | None) -> list[str]:
         """Return the ids of an experiment's checkpoints in every store (of all experiments for None), oldest first."""
         only = "" if experiment_id is None else "AND experiment_id = :experiment"

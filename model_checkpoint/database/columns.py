@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -100,6 +101,11 @@ class Columns:
         chosen = list(indices)
         parts = [self.positions, self.steps, self.stepless, self.values, self.times]
         return Columns(*(array(part.typecode, [part[i] for i in chosen] if part else []) for part in parts))
+
+    def split(self, position: int) -> tuple[Columns, Columns]:
+        """Return the points that were logged before ``position``, and the others."""
+        place = bisect_left(self.positions, position)
+        return self[:place], self[place:]
 
     def peaks(self) -> bytes:
         """Return the lowest and the highest point, in order, as bytes that ``of_peaks`` takes."""

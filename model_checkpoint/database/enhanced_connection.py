@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 from weakref import WeakMethod
 
+from model_checkpoint.database.attempts import AttemptTable
 from model_checkpoint.database.checkpoints import CheckpointTable
 from model_checkpoint.database.experiments import ExperimentTable
 from model_checkpoint.database.metrics import MetricTable
@@ -36,7 +37,7 @@ class EnhancedDatabaseConnection:
         busy_timeout: seconds to wait for another writer, or for a free connection, before an error.
 
     Attributes:
-        experiments, metrics, checkpoints, stores, tombstones, verifications: the tables.
+        experiments, metrics, attempts, checkpoints, stores, tombstones, verifications: the tables.
         place: where it is, for people: a path, or a URL without its password.
         in_memory: whether it ends with this object.
         max_name: characters of a metric's name, a tag or a project; what is a key on a server has to be short.
@@ -73,6 +74,7 @@ class EnhancedDatabaseConnection:
             raise
         self.experiments = ExperimentTable(self)
         self.metrics = MetricTable(self)
+        self.attempts = AttemptTable(self)
         self.checkpoints = CheckpointTable(self)
         self.stores = StoreTable(self)
         self.tombstones = TombstoneTable(self)

@@ -148,23 +148,17 @@ class MetricTable:
             )
         )
 
-    def summaries(self, experiment_id: str) -> dict[str, Summary]:
+    def summaries(self, experiment_id: str, attempt: int = 0) -> dict[str, Summary]:
         """Return name -> summary of every metric of an experiment."""
         rows = self._db.query(
-            f"SELECT name, {_SUMMARY} FROM series WHERE experiment_id = :id AND attempt = 0 ORDER BY id",
-            {"id": experiment_id},
+            f"SELECT name, {_SUMMARY} FROM series WHERE experiment_id = :id AND attempt = :attempt ORDER BY id",
+            {"id": experiment_id, "attempt": attempt},
         )
         return {name: Summary(*summary) for name, *summary in rows}
 
     def columns(self, series_id: int) -> Columns:
         """Return every point of a series."""
-        rows = self._db.query(
-            "SELECT data FROM blocks WHERE series_id = :id ORDER BY first_position", {"id": series_id}, binary=True
-        )
-        made = Columns()
-        for (data,) in rows:
-            made.extend(_decoded(data, series_id))
-        return made
+        return _joined(self._db.query(_ALL, {"id": series_id}, binary=True), series_id)
 
     def curve(self, series_id: int, max_points: int) -> Columns:
         """Return at most ``max_points`` points of a series, in which its peaks survive.
@@ -234,6 +228,19 @@ def add_points(connection: Executes, series: Mapping[str, tuple[Any, ...]], batc
     connection.executemany(f"UPDATE series SET {_SET_SUMMARY}, open_block = :open WHERE id = :id", changes)
 
 
+def read_series(connection: Executes, series_id: int) -> Columns:
+    """Return every point of a series, within a transaction."""
+    return _joined(connection.execute(_ALL, {"id": series_id}), series_id)
+
+
+def _joined(rows: Iterable[tuple[bytes]], series_id: int) -> Columns:
+    made = Columns()
+    for (data,) in rows:
+        made.extend(_decoded(data, series_id))
+    return made
+
+
+_ALL = "SELECT data FROM blocks WHERE series_id = :id ORDER BY first_position"
 _BLOCK = ("series_id", "first_position", "points", "peaks", "data")
 
 

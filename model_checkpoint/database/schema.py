@@ -148,6 +148,9 @@ CREATE TABLE writers (
 CREATE INDEX series_by_last ON series (name, last);
 CREATE INDEX series_by_low ON series (name, low);
 CREATE INDEX series_by_high ON series (name, high);
+CREATE TABLE attempts (
+    experiment_id {id} NOT NULL REFERENCES experiments(id), number {big} NOT NULL, checkpoint_id {id} NOT NULL,
+    points {big} NOT NULL, cut_at {real} NOT NULL, PRIMARY KEY (experiment_id, number)){clustered};
 CREATE TABLE scores (
     checkpoint_id {id} NOT NULL REFERENCES checkpoints(id), name {name} NOT NULL, value {real} NOT NULL,
     PRIMARY KEY (checkpoint_id, name)){clustered};

@@ -107,9 +107,17 @@ def compile_order(text: str | None, kind: str, made: Compiled, now: float) -> No
         match = re.fullmatch(r"(.*?)(?:\s+(asc|desc))?", part.strip(), re.IGNORECASE | re.DOTALL)
         assert match is not None
         name, direction = match[1], (match[2] or "asc").upper()
-        compiler = _Compiler(name, kind, {}, made, now)
-        parts += [f"{key} IS NULL, {key} {direction}" for key in compiler.sort_keys(parse_field(name))]
+        parts += [f"{key} IS NULL, {key} {direction}" for key in compile_columns(name, kind, made, now)]
     made.order = ", ".join([*parts, *(["e.created_at DESC, e.id"] if kind == "experiments" else ["c.sequence DESC"])])
+
+
+def compile_columns(text: str, kind: str, made: Compiled, now: float) -> list[str]:
+    """Return the columns of a field, and put the joins that they need into ``made``; of a config name, number and text.
+
+    Raises:
+        QueryError: it is no field.
+    """
+    return _Compiler(text, kind, {}, made, now).sort_keys(parse_field(text))
 
 
 class _Column(Protocol):

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.attempts import Attempt
 from model_checkpoint.database.metrics import Logged
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import (
+    CheckpointNotFoundError,
     ConfigurationError,
     DatabaseError,
     ExperimentNotFoundError,
@@ -90,11 +92,20 @@ class ExperimentTracker:
         self._open(database, experiment)
 
     @classmethod
-    def resume(cls, experiment_id: str, database_url: str = "sqlite:///experiments.db") -> ExperimentTracker:
+    def resume(
+        cls, experiment_id: str, database_url: str = "sqlite:///experiments.db", *, at_checkpoint: str | None = None
+    ) -> ExperimentTracker:
         """Go on with an experiment that was started before, here or elsewhere; its status is ``running`` again.
+
+        Args:
+            experiment_id: which.
+            database_url: see ``EnhancedDatabaseConnection``.
+            at_checkpoint: the checkpoint that training goes on from. Metrics that were logged after it was saved become
+                an earlier attempt (see ``attempts``), so that no step is there twice.
 
         Raises:
             ExperimentNotFoundError: it is not in the database.
+            CheckpointNotFoundError: it has no such checkpoint; nothing was changed.
         """
         database = EnhancedDatabaseConnection(database_url)
         experiment = database.experiments.get(experiment_id)
@@ -105,8 +116,25 @@ class ExperimentTracker:
             )
         tracker = cls.__new__(cls)
         tracker._open(database, experiment)
-        tracker.set_status("running")
+        try:
+            if at_checkpoint is not None:
+                tracker._rewind(at_checkpoint)
+            tracker.set_status("running")
+        except BaseException:
+            tracker._finish()
+            raise
         return tracker
+
+    def _rewind(self, checkpoint_id: str) -> None:
+        position = self.database.checkpoints.position(self.experiment_id, checkpoint_id)
+        if position is None:
+            raise CheckpointNotFoundError(checkpoint_id, f"experiment {self.experiment_id} has none of this id")
+        self.database.attempts.cut(self.experiment_id, checkpoint_id, position)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """What was logged after checkpoints to which the run went back, the first one first; see ``resume``."""
+        return self.database.attempts.of(self.experiment_id)
 
     def _open(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord) -> None:
         self.experiment_id = experiment.id
@@ -238,13 +266,14 @@ class ExperimentTracker:
             for name, value, step, at in self.database.metrics.points(self.experiment_id, metric_name)
         ]
 
-    def metric_history(self, name: str, max_points: int | None = 2000) -> MetricHistory:
+    def metric_history(self, name: str, max_points: int | None = 2000, *, attempt: int = 0) -> MetricHistory:
         """Return one metric over time, short enough to be drawn: its peaks are all there.
 
         Args:
             name: the metric.
             max_points: points at most, at least 4. A longer series is cut into stretches, of each of which the lowest
                 and the highest point are returned; the database has them ready. None: every point.
+            attempt: the number of an earlier attempt, see ``resume``; 0 is the run itself.
 
         Raises:
             KeyError: nothing was logged under this name.
@@ -252,13 +281,13 @@ class ExperimentTracker:
         """
         self.flush()
         metrics = self.database.metrics
-        series = metrics.names(self.experiment_id)
+        series = metrics.names(self.experiment_id, attempt)
         if name not in series:
             raise KeyError(f"no metric {name!r} was logged; there are {', '.join(series) or 'none'}")
         if max_points is not None and max_points < 4:
             raise ConfigurationError(f"max_points must be at least 4 or None, not {max_points}")
         columns = metrics.columns(series[name]) if max_points is None else metrics.curve(series[name], max_points)
-        return history_of(name, columns, metrics.summaries(self.experiment_id)[name].points)
+        return history_of(name, columns, metrics.summaries(self.experiment_id, attempt)[name].points)
 
     def metric_summaries(self) -> dict[str, dict[str, Any]]:
         """Return what is known of every metric without reading its points.

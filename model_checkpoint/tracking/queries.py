@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.checkpoints import LIVE
 from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
-from model_checkpoint.errors import ConfigurationError
-from model_checkpoint.query import Compiled, compile_filter, compile_order
+from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
+from model_checkpoint.query import Compiled, compile_columns, compile_filter, compile_order
+from model_checkpoint.query.groups import Group, differences, group_of
+from model_checkpoint.utils.jsonable import flatten
 
 
 class Queries:
@@ -70,6 +74,61 @@ class Queries:
         source.where = f"c.status IN {LIVE} AND {source.where}"
         return self.database.checkpoints.search(_sql(source), source.binds, limit, offset)
 
+    def group_by(self, field: str, over: str, filter: str | None = None) -> list[Group]:
+        """Return what runs that share a value have in common: across seeds, for one.
+
+        Args:
+            field: what they share, such as ``config.model``.
+            over: the number that is asked for, such as ``metrics.accuracy.max``.
+            filter: see ``Queries``; None for all experiments.
+
+        Returns:
+            One ``Group`` for each value, with ``n``, ``mean``, ``std`` and the 95 % ``interval``; largest mean first.
+
+        Raises:
+            QueryError: a field or the filter cannot be understood.
+        """
+        now = time.time()
+        made = compile_filter(filter, "experiments", self.database.text_tests, now)
+        shared = compile_columns(field, "experiments", made, now)
+        wanted = compile_columns(over, "experiments", made, now)[0]
+        rows = self.database.query(
+            f"SELECT {wanted}, {', '.join(shared)} FROM experiments e {made.joins} WHERE {made.where}", made.binds
+        )
+        groups: dict[Any, list[float]] = {}
+        for number, *value in rows:
+            groups.setdefault(_config_value(*value) if len(value) == 2 else value[0], []).extend(
+                [number] * isinstance(number, (int, float))
+            )
+        found = [group_of(value, numbers) for value, numbers in groups.items()]
+        return sorted(found, key=lambda group: (group.mean is None, -(group.mean or 0.0)))
+
+    def compare(self, experiment_ids: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return in what experiments differ.
+
+        Returns:
+            ``config`` and ``metrics``: name -> experiment id -> value, of what is not the same in all. Config names are
+            dotted; metrics are ``<name>.last``, ``.min``, ``.max`` and ``.mean``.
+
+        Raises:
+            ExperimentNotFoundError: one of them is not there.
+        """
+        configs: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
+        for experiment_id in experiment_ids:
+            record = self.database.experiments.get(experiment_id)
+            if record is None:
+                raise ExperimentNotFoundError(f"experiment {experiment_id!r} is not in {self.database!r}")
+            leaves = flatten(record.config)
+            configs[experiment_id] = {name: _config_value(number, text) for name, number, text in leaves}
+            summaries = self.database.metrics.summaries(experiment_id)
+            metrics[experiment_id] = {
+                f"{name}.{part}": summary.told()[part]
+                for name, summary in summaries.items()
+                for part in ("last", "min", "max", "mean")
+            }
+        return {"config": differences(configs), "metrics": differences(metrics)}
+
     def _source(self, filter: str | None, order_by: str | None, kind: str, limit: int, offset: int) -> Compiled:
         for name, count in (("limit", limit), ("offset", offset)):
             if type(count) is not int or not 0 <= count <= 30_000:
@@ -89,6 +148,13 @@ class Queries:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _config_value(number: float | None, text: str | None) -> Any:
+    """Return what a leaf of a config was: of a number, the text is its ``repr``."""
+    if number is None or text is None:
+        return text
+    return {"True": True, "False": False}.get(text, number if "." in text or "e" in text else int(text))
 
 
 def _sql(source: Compiled) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -380,3 +382,56 @@ def test_the_names_of_a_filter_are_documented() -> None:
     offered = str(caught.value).partition("there are ")[2].partition("\n")[0].split(", ")
     for name in offered:
         assert name.strip(string.whitespace) in (Queries.__doc__ or ""), name
+
+
+# --- groups and differences -------------------------------------------------------------------------------------
+
+
+def test_groups_have_mean_deviation_and_interval_across_seeds(tmp_path: Path) -> None:
+    """The oracle of the interval is SciPy."""
+    scores = {"resnet": [0.81, 0.84, 0.79, 0.83], "vit": [0.9], "mlp": [], "wide": [0.5 + i / 100 for i in range(40)]}
+    url = f"sqlite:///{tmp_path}/runs.db"
+    for model, values in scores.items():
+        for seed, value in enumerate(values or [None]):
+            with ExperimentTracker(f"{model}-{seed}", database_url=url, config={"model": model, "seed": seed}) as run:
+                if value is not None:
+                    run.log_arrays("acc", [value, value - 0.1, math.nan])
+    with Queries(url) as queries:
+        found = {group.value: group for group in queries.group_by("config.model", over="metrics.acc.max")}
+        by_seed = queries.group_by("config.seed", "metrics.acc.max", "config.model != 'wide'")
+    assert list(found) == ["vit", "resnet", "wide", "mlp"]
+    for model in ("resnet", "wide"):
+        values = scores[model]
+        assert found[model].n == len(values)
+        assert found[model].mean == pytest.approx(np.mean(values))
+        assert found[model].std == pytest.approx(np.std(values, ddof=1))
+        low, high = scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
+        assert found[model].interval == pytest.approx((low, high), abs=1e-4)
+    assert (found["vit"].n, found["vit"].mean, found["vit"].std, found["vit"].interval) == (1, 0.9, None, None)
+    assert (found["mlp"].n, found["mlp"].mean) == (0, None)
+    assert [(group.value, group.n) for group in by_seed] == [(0, 2), (1, 1), (3, 1), (2, 1)]
+
+
+def test_groups_are_the_same_on_every_database(queries: Queries) -> None:
+    groups = queries.group_by("project", over='metrics["val/acc 1"].last')
+    assert [(group.value, group.n, group.mean) for group in groups] == [
+        ("text", 2, 3.5),
+        (None, 1, 2.0),
+        ("vision", 2, 0.5),
+    ]
+    with pytest.raises(QueryError, match="there is no nme"):
+        queries.group_by("nme", over="metrics.a.max")
+
+
+def test_compare_shows_what_differs_in_config_and_results(queries: Queries) -> None:
+    first, second = queries.search_experiments("project == 'vision'", order_by="name")
+    found = queries.compare([first.id, second.id])
+    assert found["config"] == {
+        "optimizer.lr": {first.id: 0.1, second.id: 1e-3},
+        "optimizer.name": {first.id: "sgd", second.id: None},
+        "amp": {first.id: None, second.id: True},
+    }
+    assert found["metrics"]["val/acc 1.last"] == {first.id: 0.0, second.id: 1.0}
+    assert "val_loss.mean" not in found["metrics"]  # 0.5 in both
+    with pytest.raises(ValueError, match="nobody"):
+        queries.compare([first.id, "nobody"])

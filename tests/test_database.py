@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 
 from model_checkpoint import ExperimentTracker
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 from model_checkpoint.database.models import ExperimentRecord
+from model_checkpoint.database.sqlite import file_system
 from model_checkpoint.errors import ConfigurationError, DatabaseError, FormatVersionError
 
 ROOT = Path(__file__).parents[1]
@@ -392,7 +394,7 @@ def test_opening_does_not_wait_for_a_writer(database: EnhancedDatabaseConnection
 
 FULL_DISK = """
 import os, resource, sys
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 path = sys.argv[1]
 database = EnhancedDatabaseConnection("sqlite:///" + path)
 with database.transaction() as connection:
@@ -604,8 +606,9 @@ def run_together(script: str, *arguments: str, count: int = 8) -> list[tuple[int
 
 OPEN = """
 import sys
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 from model_checkpoint.database.models import ExperimentRecord
+from model_checkpoint.database.sqlite import file_system
 worker, url = sys.argv[1:]
 WAIT
 database = EnhancedDatabaseConnection(url)
@@ -627,7 +630,7 @@ def test_eight_processes_open_a_new_database_at_once(path: Path) -> None:
 
 WRITE = """
 import sys
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 worker, url, count = sys.argv[1:]
 database = EnhancedDatabaseConnection(url)
 WAIT
@@ -655,8 +658,9 @@ def test_eight_processes_write_at_once_without_an_error_and_none_is_lost(path: P
 
 FORK = """
 import os, sys
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 from model_checkpoint.database.models import ExperimentRecord
+from model_checkpoint.database.sqlite import file_system
 
 database = EnhancedDatabaseConnection(sys.argv[1])
 put = lambda name: database.experiments.create(ExperimentRecord(id=name, name=name))
@@ -698,7 +702,7 @@ def test_a_forked_child_uses_the_database_and_the_parent_goes_on(path: Path, end
 
 FORK_DURING = """
 import os, sys, threading
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 
 database = EnhancedDatabaseConnection(sys.argv[1], busy_timeout=5.0)
 insert = "INSERT INTO stores (id, path) VALUES (:id, '')"
@@ -829,7 +833,7 @@ def test_what_a_forked_child_stores_survives_that_the_parent_closes(tmp_path: Pa
 
 FORK_FROM_TWO_THREADS = """
 import os, sys, threading
-from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 
 database = EnhancedDatabaseConnection(sys.argv[1])
 codes = []
@@ -982,3 +986,76 @@ def test_a_ctrl_c_right_after_the_write_lock_was_taken_leaves_it_free(tmp_path: 
     other.join(DEADLINE)
     db._writer.lock = db._writer.lock.lock  # type: ignore[attr-defined]
     db.close()
+
+
+# --- network file systems ---------------------------------------------------------------------------------------
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+35 22 0:40 / /data rw - nfs4 server:/data rw
+36 35 0:41 / /data/local\\040disk rw - xfs /dev/sdb1 rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/data/runs.db", "nfs4"),
+        ("/data/local disk/a/runs.db", "xfs"),
+        ("/database/runs.db", "ext4"),
+        ("/runs.db", "ext4"),
+    ],
+)
+def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path, path: str, kind: str) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTS)
+    assert file_system(path, str(table)) == kind
+    assert file_system(path, str(tmp_path / "nothing")) == ""
+
+
+def test_on_a_network_file_system_there_is_no_write_ahead_log_and_a_warning_says_why(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No such file system can be mounted here: what the kernel tells of the mount is the one thing that is not real."""
+    with ExperimentTracker("before", database_url=f"sqlite:///{path}"):
+        pass  # it was on a local disk, and has a log
+    monkeypatch.setattr(sqlite, "file_system", lambda path: "nfs4")
+    with ExperimentTracker("run", database_url=f"sqlite:///{path}") as run:
+        run.log_metric("loss", 1.0)
+        assert run.database.query("PRAGMA journal_mode") == [("delete",)]
+        assert not Path(f"{path}-wal").exists()
+        assert [point["metric_value"] for point in run.get_metrics()] == [1.0]
+    told = [record.message for record in caplog.records if "network file system (nfs4)" in record.message]
+    assert len(told) == 1
+    assert str(path) in told[0]
+
+
+# --- backups ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_copied_before_its_schema_changes(path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "golden" / "database_v1.db", path)
+    EnhancedDatabaseConnection(f"sqlite:///{path}").close()
+    backup = Path(f"{path}.v1.backup")
+    with contextlib.closing(sqlite3.connect(backup)) as connection:
+        assert connection.execute("SELECT MAX(number) FROM migrations").fetchone() == (1,)
+        assert connection.execute("SELECT COUNT(*) > 0 FROM metric_points").fetchone() == (1,)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    at = backup.stat().st_mtime_ns
+    EnhancedDatabaseConnection(f"sqlite:///{path}").close()
+    assert backup.stat().st_mtime_ns == at
+    assert [each.name for each in path.parent.glob("*backup*")] == [backup.name]
+
+
+def test_a_file_that_cannot_be_copied_is_not_changed(path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "golden" / "database_v1.db", path)
+    Path(f"{path}.v1.backup").mkdir()
+    with pytest.raises(DatabaseError, match="it stays as it is"):
+        EnhancedDatabaseConnection(f"sqlite:///{path}")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT MAX(number) FROM migrations").fetchone() == (1,)
+
+
+def test_a_new_database_has_no_backup(path: Path) -> None:
+    EnhancedDatabaseConnection(f"sqlite:///{path}").close()
+    assert [each.name for each in path.parent.iterdir() if "backup" in each.name] == []

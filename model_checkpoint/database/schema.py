@@ -58,11 +58,7 @@ def migrate_once(connection: Executes, name: str, types: Mapping[str, str]) -> b
     Raises:
         FormatVersionError: it was written by a newer version of this package; nothing was changed.
     """
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS migrations ("
-        "number INTEGER PRIMARY KEY, name {text} NOT NULL, applied_at {real} NOT NULL){end}".format_map(types)
-    )
-    (version,) = connection.execute("SELECT COALESCE(MAX(number), 0) FROM migrations").fetchone()
+    version = version_of(connection, types)
     check_version(version, name)
     if version == latest_version():  # another process was faster
         return False
@@ -73,6 +69,15 @@ def migrate_once(connection: Executes, name: str, types: Mapping[str, str]) -> b
         {"number": version + 1, "name": function.__name__, "now": time.time()},
     )
     return bool(version + 1 < latest_version())
+
+
+def version_of(connection: Executes, types: Mapping[str, str]) -> int:
+    """Return the number of the last migration that was applied; 0 for a new database, which gets the table of them."""
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS migrations ("
+        "number INTEGER PRIMARY KEY, name {text} NOT NULL, applied_at {real} NOT NULL){end}".format_map(types)
+    )
+    return int(connection.execute("SELECT COALESCE(MAX(number), 0) FROM migrations").fetchone()[0])
 
 
 def check_version(version: int, name: str) -> None:

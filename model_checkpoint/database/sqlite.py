@@ -21,6 +21,11 @@ _WAL_RESET_BUG = sqlite3.sqlite_version_info < (3, 51, 3)
 _WAL_LIMIT = 4 << 20  # bytes of log after which a checkpoint is tried; SQLite's own default is 1,000 pages of 4 KiB
 
 
+# File systems that several machines mount at once.
+_NETWORKS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs"}
+_NETWORKS |= {"fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.juicefs"}
+_WARNED: set[str] = set()  # databases, once in a process
+
 log = logging.getLogger(__name__)
 
 
@@ -116,6 +121,18 @@ class SQLiteDialect:
         return connection
 
     def _open_log(self, connection: SQLiteConnection) -> None:
+        kind = file_system(self.path)
+        if kind in _NETWORKS:
+            # The log's index is shared memory, which two machines do not share, and mapped, where an I/O error kills.
+            connection.execute("PRAGMA journal_mode=DELETE")
+            if self.path not in _WARNED:
+                _WARNED.add(self.path)
+                log.warning(
+                    "database %s is on a network file system (%s), where SQLite's write-ahead log can lose or corrupt "
+                    "data; the slower rollback journal is used. Put it on a local disk, or use a server",
+                    *(self.path, kind),
+                )
+            return
         guard = open(f"{self.path}-lock", "ab", buffering=0)
         try:
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
@@ -148,12 +165,58 @@ class SQLiteDialect:
         finally:
             fcntl.flock(connection.guard, fcntl.LOCK_UN)
 
+    def back_up(self, version: int) -> None:
+        """Copy the file as it is committed to ``<file>.v<version>.backup``, before its schema changes.
+
+        Raises:
+            DatabaseError: it cannot be copied.
+        """
+        path = f"{self.path}.v{version}.backup"
+        unfinished = f"{path}.unfinished"
+        try:
+            with (
+                contextlib.closing(self.connect()) as source,
+                contextlib.closing(sqlite3.connect(unfinished)) as target,
+            ):
+                source.backup(target)
+            with open(unfinished, "rb") as copy:
+                os.fsync(copy.fileno())
+            os.replace(unfinished, path)
+        except (sqlite3.Error, OSError, DatabaseError) as error:
+            with contextlib.suppress(OSError):
+                os.unlink(unfinished)
+            raise DatabaseError(
+                f"database {self.path} has to be changed to a newer schema and cannot be copied to {path} before: "
+                f"{error}; it stays as it is. Make room for the copy, or move the database"
+            ) from error
+
     def close(self, connection: SQLiteConnection) -> None:
         """Close a connection. The last one checkpoints the log, which SQLite does only when it has the file alone."""
         connection.close()
         if connection.guard is not None:
             with contextlib.suppress(OSError):  # a lock: nothing was written to it, and the kernel has let go of it
                 connection.guard.close()
+
+
+def file_system(path: str, table: str = "/proc/self/mountinfo") -> str:
+    """Return the kind of file system that ``path`` is on ("ext4"), or "" where that is not told.
+
+    Args:
+        path: an absolute path; what it names need not exist.
+        table: where the kernel lists what is mounted.
+    """
+    found, best = "", ""
+    path = os.path.realpath(path)
+    try:
+        with open(table, encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                place, _, rest = line.partition(" - ")
+                mounted = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), place.split(" ")[4])
+                if os.path.commonpath([path, mounted]) == mounted and len(mounted) >= len(best):
+                    best, found = mounted, rest.split(" ")[0]
+    except OSError:
+        return ""  # no Linux
+    return found
 
 
 def _matches(pattern: str, text: str | None) -> bool:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
-from model_checkpoint.database.schema import check_version, latest_version, migrate_once
+from model_checkpoint.database.schema import check_version, latest_version, migrate_once, version_of
 from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
@@ -77,9 +77,13 @@ class SQLitePool(EnhancedDatabaseConnection):
             return bool(number == latest_version())
 
     def _migrate(self) -> None:
-        more = True
+        more, copied = True, self.in_memory
         while more:
             with self.transaction(durable=True) as connection:
+                version = version_of(connection, self._dialect.types)
+                if not copied and 0 < version < latest_version():
+                    self._dialect.back_up(version)
+                copied = True
                 more = migrate_once(connection, self.place, self._dialect.types)
 
     def _new_pool(self) -> None:

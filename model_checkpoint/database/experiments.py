@@ -12,7 +12,7 @@ from model_checkpoint.utils.jsonable import dumps, flatten, loads
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
 
-_COLUMNS = "id, name, project, parent_id, status, created_at, ended_at, config, metadata"
+_COLUMNS = "id, name, project, parent_id, status, created_at, ended_at, config, metadata, forked_from"
 
 
 class ExperimentTable:
@@ -34,7 +34,7 @@ class ExperimentTable:
             parent = connection.execute(known, {"id": experiment.parent_id}).fetchone()
             connection.execute(
                 f"INSERT INTO experiments ({_COLUMNS}) VALUES "
-                "(:id, :name, :project, :parent, :status, :created, :ended, :config, :metadata)",
+                "(:id, :name, :project, :parent, :status, :created, :ended, :config, :metadata, :forked)",
                 {
                     "id": experiment.id,
                     "name": experiment.name,
@@ -43,6 +43,7 @@ class ExperimentTable:
                     "status": experiment.status,
                     "created": experiment.created_at,
                     "ended": experiment.ended_at,
+                    "forked": experiment.forked_from,
                     "config": dumps(experiment.config),
                     "metadata": dumps(experiment.metadata),
                 },

@@ -23,6 +23,7 @@ class ExperimentRecord:
         id: UUID text.
         name, project: what the user called it and the group that it is in.
         parent_id: the experiment that it belongs under, or None.
+        forked_from: the checkpoint that it went on from, or None.
         status: ``running``, ``completed``, ``failed`` or ``interrupted``.
         created_at, ended_at: Unix seconds; ``ended_at`` is None while it runs.
         config, metadata: JSON values by name.
@@ -39,6 +40,7 @@ class ExperimentRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     tags: tuple[Any, ...] = ()
+    forked_from: str | None = None
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ def drop_rows_of_points(connection: Executes, types: Mapping[str, str]) -> None:
 
 
 _BLOCKS = """
+ALTER TABLE experiments ADD COLUMN forked_from {id};
+CREATE INDEX experiments_by_parent ON experiments (parent_id);
 CREATE TABLE series (
     id {serial}, experiment_id {id} NOT NULL REFERENCES experiments(id), attempt {big} NOT NULL DEFAULT 0,
     name {name} NOT NULL, open_block {big}, points {big} NOT NULL DEFAULT 0, numbers {big} NOT NULL DEFAULT 0,

@@ -40,6 +40,7 @@ _EXPERIMENT = {
     "project": "e.project",
     "status": "e.status",
     "parent": "e.parent_id",
+    "forked_from": "e.forked_from",
     "created_at": "e.created_at",
     "ended_at": "e.ended_at",
     "age": "(:now - e.created_at)",
@@ -56,7 +57,7 @@ _CHECKPOINT = {
     "created_at": "c.created_at",
     "age": "(:now - c.created_at)",
 }
-_TEXTS = {"id", "name", "project", "status", "parent", "experiment_id", "checkpoint_type"}
+_TEXTS = {"id", "name", "project", "status", "parent", "forked_from", "experiment_id", "checkpoint_type"}
 
 
 @dataclass

@@ -6,11 +6,10 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.database.attempts import Attempt
 from model_checkpoint.database.metrics import Logged
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import (
@@ -22,17 +21,16 @@ from model_checkpoint.errors import (
     UnsupportedValueError,
 )
 from model_checkpoint.performance.batched_writer import BatchedWriter
-from model_checkpoint.tracking.history import MetricHistory, history_of, to_columns
+from model_checkpoint.tracking.experiment_reader import ExperimentReader
+from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
-from model_checkpoint.tracking.queries import Queries
-from model_checkpoint.tracking.report import FORMATS, render
 from model_checkpoint.utils.jsonable import dumps, short_text, text, to_jsonable, to_number, to_step
 
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
 STATUSES = ("running", "completed", "failed", "interrupted")
 
 
-class ExperimentTracker:
+class ExperimentTracker(ExperimentReader):
     """Tracks one experiment; safe to use from many threads.
 
     Metrics are buffered: ``log_metric`` returns at once and a thread writes within half a second. Use it in a ``with``
@@ -69,27 +67,70 @@ class ExperimentTracker:
         parent: ExperimentTracker | str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        experiment = ExperimentRecord(
-            id=str(uuid.uuid4()),
-            name=text(experiment_name, "experiment_name"),
-            project=None if project_name is None else text(project_name, "project_name"),
-            parent_id=parent.experiment_id if isinstance(parent, ExperimentTracker) else parent,
-            created_at=time.time(),
-            config=_mapping(config, "config"),
-            metadata=_mapping(metadata, "metadata"),
-            tags=_tags(tags),
-        )
-        database = EnhancedDatabaseConnection(database_url)
-        if experiment.parent_id is not None and database.experiments.get(experiment.parent_id) is None:
-            database.close()
-            raise ExperimentNotFoundError(f"parent experiment {experiment.parent_id!r} is not in {database!r}")
+        experiment = _described(experiment_name, project_name, tags, config, metadata)
+        parent_id = parent.experiment_id if isinstance(parent, ExperimentTracker) else parent
+        experiment = replace(experiment, parent_id=parent_id)
+        self._begin(EnhancedDatabaseConnection(database_url), experiment)
+
+    def _begin(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord, owned: bool = True) -> None:
         try:
             _check_lengths(database, experiment.tags, experiment.project)
+            if experiment.parent_id is not None and database.experiments.get(experiment.parent_id) is None:
+                raise ExperimentNotFoundError(f"parent experiment {experiment.parent_id!r} is not in {database!r}")
             database.experiments.create(experiment)
         except BaseException:
-            database.close()
+            if owned:
+                database.close()
             raise
-        self._open(database, experiment)
+        self._open(database, experiment, owned)
+
+    def child(
+        self,
+        experiment_name: str,
+        *,
+        tags: Any = None,
+        config: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ExperimentTracker:
+        """Start an experiment under this one, in its project and on its connection, which stays this one's.
+
+        Args are those of the constructor. A child that is used after this tracker was closed cannot store anything.
+        """
+        return self._start(self.experiment_id, experiment_name, tags, config, metadata)
+
+    def fork_from(
+        self,
+        checkpoint_id: str,
+        experiment_name: str,
+        *,
+        tags: Any = None,
+        config: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ExperimentTracker:
+        """Start an experiment that goes on from a checkpoint of any experiment of this database, and note which.
+
+        Other arguments are those of ``child``; it has no parent.
+
+        Raises:
+            CheckpointNotFoundError: the database has no such checkpoint.
+        """
+        if self.database.checkpoints.home(checkpoint_id) is None:
+            raise CheckpointNotFoundError(checkpoint_id, f"there is none of this id in {self.database!r}")
+        return self._start(None, experiment_name, tags, config, metadata, checkpoint_id)
+
+    def _start(
+        self,
+        parent_id: str | None,
+        name: str,
+        tags: Any,
+        config: Mapping[str, Any] | None,
+        metadata: Mapping[str, Any] | None,
+        forked_from: str | None = None,
+    ) -> ExperimentTracker:
+        made = type(self).__new__(type(self))
+        experiment = _described(name, self.project_name, tags, config, metadata)
+        made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
+        return made
 
     @classmethod
     def resume(
@@ -131,12 +172,7 @@ class ExperimentTracker:
             raise CheckpointNotFoundError(checkpoint_id, f"experiment {self.experiment_id} has none of this id")
         self.database.attempts.cut(self.experiment_id, checkpoint_id, position)
 
-    @property
-    def attempts(self) -> list[Attempt]:
-        """What was logged after checkpoints to which the run went back, the first one first; see ``resume``."""
-        return self.database.attempts.of(self.experiment_id)
-
-    def _open(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord) -> None:
+    def _open(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord, owned: bool = True) -> None:
         self.experiment_id = experiment.id
         self.experiment_name = experiment.name
         self.project_name = experiment.project
@@ -150,7 +186,7 @@ class ExperimentTracker:
         self._writer: BatchedWriter[Logged] = BatchedWriter(log.write)
         self.unflushed = self._writer.pending
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        self._finish = weakref.finalize(self, _finish, self._writer, log, database)
+        self._finish = weakref.finalize(self, _finish, self._writer, log, database if owned else None)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value of one metric.
@@ -238,90 +274,6 @@ class ExperimentTracker:
             raise ConfigurationError(f"status {status!r} is unknown; use one of {', '.join(STATUSES)}")
         self.database.experiments.set_status(self.experiment_id, status)
 
-    @property
-    def queries(self) -> Queries:
-        """Questions about all experiments and checkpoints of this database."""
-        return Queries(self.database)
-
-    @property
-    def record(self) -> ExperimentRecord:
-        """The experiment as the database has it now: name, project, status, times, config, metadata and tags."""
-        found = self.database.experiments.get(self.experiment_id)
-        if found is None:
-            raise ExperimentNotFoundError(f"experiment {self.experiment_id} is no longer in {self.database!r}")
-        return found
-
-    def get_metrics(self, metric_name: str | None = None) -> list[dict[str, Any]]:
-        """Return what was logged, by any process, in the order logged.
-
-        Args:
-            metric_name: only this metric.
-
-        Returns:
-            Dicts with ``metric_name``, ``metric_value`` (float), ``step`` and ``timestamp`` (Unix seconds).
-        """
-        self.flush()
-        return [
-            {"metric_name": name, "metric_value": value, "step": step, "timestamp": at}
-            for name, value, step, at in self.database.metrics.points(self.experiment_id, metric_name)
-        ]
-
-    def metric_history(self, name: str, max_points: int | None = 2000, *, attempt: int = 0) -> MetricHistory:
-        """Return one metric over time, short enough to be drawn: its peaks are all there.
-
-        Args:
-            name: the metric.
-            max_points: points at most, at least 4. A longer series is cut into stretches, of each of which the lowest
-                and the highest point are returned; the database has them ready. None: every point.
-            attempt: the number of an earlier attempt, see ``resume``; 0 is the run itself.
-
-        Raises:
-            KeyError: nothing was logged under this name.
-            ConfigurationError: ``max_points`` is below 4.
-        """
-        self.flush()
-        metrics = self.database.metrics
-        series = metrics.names(self.experiment_id, attempt)
-        if name not in series:
-            raise KeyError(f"no metric {name!r} was logged; there are {', '.join(series) or 'none'}")
-        if max_points is not None and max_points < 4:
-            raise ConfigurationError(f"max_points must be at least 4 or None, not {max_points}")
-        columns = metrics.columns(series[name]) if max_points is None else metrics.curve(series[name], max_points)
-        return history_of(name, columns, metrics.summaries(self.experiment_id, attempt)[name].points)
-
-    def metric_summaries(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of every metric without reading its points.
-
-        Returns:
-            name -> ``points``, ``last``, ``last_step``, ``min``, ``min_step``, ``max``, ``max_step`` (the step of the
-            first point that has it) and ``mean``. NaN counts for ``points`` and ``last`` only, where it is None.
-        """
-        self.flush()
-        return {name: found.told() for name, found in self.database.metrics.summaries(self.experiment_id).items()}
-
-    def generate_report(self, format_type: str = "html", output_dir: str = ".") -> str:
-        """Write a report of the run: config, tags, a chart of every metric, checkpoints.
-
-        Args:
-            format_type: ``html`` (one file, no script, nothing from the network) or ``json``.
-            output_dir: made when it does not exist.
-
-        Returns:
-            The path of the file, named after the experiment's id.
-
-        Raises:
-            ConfigurationError: the format is unknown.
-            OSError: it cannot be written.
-        """
-        if format_type not in FORMATS:
-            raise ConfigurationError(f"report format {format_type!r} is unknown; use one of {', '.join(FORMATS)}")
-        metrics = self.get_metrics()
-        path = Path(output_dir) / f"report_{self.experiment_id}.{format_type}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints = self.database.checkpoints.of_experiment(self.experiment_id)
-        path.write_text(render(format_type, self.record, metrics, checkpoints), encoding="utf-8")
-        return str(path)
-
     def flush(self) -> None:
         """Write every buffered metric: to the database, or while it is away to a local file that it gets later.
 
@@ -360,12 +312,27 @@ class ExperimentTracker:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
 
 
-def _finish(writer: BatchedWriter[Logged], log: MetricLog, database: EnhancedDatabaseConnection) -> None:
+def _finish(writer: BatchedWriter[Logged], log: MetricLog, database: EnhancedDatabaseConnection | None) -> None:
     try:
         writer.close()
     finally:
         log.close()
-        database.close()
+        if database is not None:
+            database.close()
+
+
+def _described(
+    name: str, project: str | None, tags: Any, config: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None
+) -> ExperimentRecord:
+    return ExperimentRecord(
+        id=str(uuid.uuid4()),
+        name=text(name, "experiment_name"),
+        project=None if project is None else text(project, "project_name"),
+        created_at=time.time(),
+        config=_mapping(config, "config"),
+        metadata=_mapping(metadata, "metadata"),
+        tags=_tags(tags),
+    )
 
 
 def _mapping(value: Mapping[str, Any] | None, path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
 from model_checkpoint.query import Compiled, compile_columns, compile_filter, compile_order
 from model_checkpoint.query.groups import Group, differences, group_of
+from model_checkpoint.tracking.hierarchy import ExperimentNode, Totals, build_tree
 from model_checkpoint.utils.jsonable import flatten
 
 
@@ -23,12 +24,13 @@ class Queries:
 
         metrics.val_loss.min < 0.3 and config.optimizer.lr >= 1e-3 and 'baseline' in tags and age < days(7)
 
-    An experiment has ``id``, ``name``, ``project``, ``status``, ``parent``, ``created_at`` and ``ended_at`` (Unix
-    seconds), ``age`` and ``duration`` (seconds), ``tags``, ``config.<name>``, and ``metrics.<name>`` with ``.last``
-    (what the name alone means), ``.min``, ``.max``, ``.mean`` or ``.points``. Names that are no words are written
-    ``metrics["val/loss"].min``. A checkpoint has ``id``, ``experiment_id``, ``checkpoint_type``, ``epoch``, ``step``,
-    ``loss``, ``val_loss``, ``metrics.<name>``, ``size``, ``pinned``, ``created_at`` and ``age``; what it has not is
-    asked of its experiment, and ``experiment.`` before a name always means that.
+    An experiment has ``id``, ``name``, ``project``, ``status``, ``parent`` and ``forked_from`` (ids),
+    ``created_at`` and ``ended_at`` (Unix seconds), ``age`` and ``duration`` (seconds), ``tags``, ``config.<name>``, and
+    ``metrics.<name>`` with ``.last`` (what the name alone means), ``.min``, ``.max``, ``.mean`` or ``.points``. Names
+    that are no words are written ``metrics["val/loss"].min``. A checkpoint has ``id``, ``experiment_id``,
+    ``checkpoint_type``, ``epoch``, ``step``, ``loss``, ``val_loss``, ``metrics.<name>``, ``size``, ``pinned``,
+    ``created_at`` and ``age``; what it has not is asked of its experiment, and ``experiment.`` before a name always
+    means that.
 
     A condition on what is not there is false, so that ``not`` of it is true. Regular expressions match anywhere, and
     are those of the database: Python's on SQLite, POSIX on PostgreSQL, PCRE on MariaDB.
@@ -102,6 +104,38 @@ class Queries:
             )
         found = [group_of(value, numbers) for value, numbers in groups.items()]
         return sorted(found, key=lambda group: (group.mean is None, -(group.mean or 0.0)))
+
+    def tree(self, project: str | None = None, root: str | None = None) -> list[ExperimentNode]:
+        """Return experiments with their children below them, oldest first, each with the totals of all below it.
+
+        Args:
+            project: only of this project; None for all.
+            root: only this experiment and what is below it.
+
+        Raises:
+            ExperimentNotFoundError: there is no such ``root``.
+        """
+        nodes = build_tree(
+            self.database.query(
+                "SELECT e.id, e.name, e.project, e.parent_id, e.status, e.created_at, e.points, "
+                "COALESCE(c.number, 0), COALESCE(c.bytes, 0) FROM experiments e LEFT JOIN "
+                "(SELECT experiment_id, COUNT(*) AS number, SUM(size) AS bytes FROM checkpoints "
+                f"WHERE status IN {LIVE} GROUP BY experiment_id) c ON c.experiment_id = e.id ORDER BY e.created_at, e.id"
+            )
+        )
+        if root is not None:
+            if root not in nodes:
+                raise ExperimentNotFoundError(f"experiment {root!r} is not in {self.database!r}")
+            return [nodes[root]]
+        tops = [node for node in nodes.values() if node.parent_id not in nodes]
+        return [node for node in tops if project is None or node.project == project]
+
+    def projects(self) -> dict[str | None, Totals]:
+        """Return project -> totals of its experiments; None is the project of those that have none."""
+        found: dict[str | None, Totals] = {}
+        for node in self.tree():
+            found[node.project] = found.get(node.project, Totals()) + node.totals
+        return found
 
     def compare(self, experiment_ids: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
         """Return in what experiments differ.

@@ -1,0 +1,80 @@
+"""Experiments under experiments: children, trees, totals, and where a run went on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
+from model_checkpoint.errors import CheckpointNotFoundError, DatabaseError, ExperimentNotFoundError
+from tests.servers import KINDS, new_database
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    with new_database(request.param, tmp_path) as url:
+        yield url
+
+
+def test_a_tree_has_children_below_their_parents_and_totals_of_all_below(url: str, tmp_path: Path) -> None:
+    with ExperimentTracker("sweep", "vision", database_url=url, tags=["s"], metadata={"owner": "a"}) as sweep:
+        for number in range(3):
+            child = sweep.child(f"trial-{number}", tags=[number], config={"lr": number}, metadata={"seed": number})
+            child.log_arrays("loss", [1.0] * (number + 1))
+            with EnhancedCheckpointManager(child, tmp_path / "c") as manager:
+                manager.save_checkpoint({"w": [1.0]})
+            if number == 1:
+                with child.child("restart") as below:
+                    below.log_metric("loss", 0.5)
+            child.close("failed" if number == 2 else "completed")
+        alone = ExperimentTracker("alone", "text", database_url=url)
+        with Queries(url) as queries:
+            (tree,) = queries.tree("vision")
+            whole = queries.tree()
+            (part,) = queries.tree(root=tree.children[1].id)
+            projects = queries.projects()
+            found = queries.search_experiments(f"parent == '{sweep.experiment_id}'", order_by="name")
+            with pytest.raises(ExperimentNotFoundError, match="nobody"):
+                queries.tree(root="nobody")
+    assert [node.name for node in tree.children] == ["trial-0", "trial-1", "trial-2"]
+    assert [[node.name for node in child.children] for child in tree.children] == [[], ["restart"], []]
+    totals = tree.totals
+    assert (totals.experiments, totals.running, totals.completed, totals.failed) == (5, 1, 3, 1)
+    assert (totals.points, totals.checkpoints) == (1 + 2 + 3 + 1, 3)
+    assert totals.bytes > 0
+    assert [node.name for node in whole] == ["sweep", "alone"]
+    assert part.totals.experiments == 2
+    assert part.lines()[1].startswith("  restart (completed")
+    assert {name: totals.experiments for name, totals in projects.items()} == {"vision": 5, "text": 1}
+    assert [(each.tags, each.config, each.metadata, each.project) for each in found] == [
+        ((number,), {"lr": number}, {"seed": number}, "vision") for number in range(3)
+    ]
+    alone.close()
+
+
+def test_children_share_the_connection_of_their_parent_also_in_memory() -> None:
+    parent = ExperimentTracker("parent", database_url="sqlite:///:memory:")
+    child = parent.child("child")
+    child.log_metric("loss", 1.0)
+    child.close()
+    parent.log_metric("loss", 2.0)
+    assert [point["metric_value"] for point in parent.get_metrics()] == [2.0]
+    assert child.experiment_id in {record.id for record in parent.queries.search_experiments()}
+    late = parent.child("late")
+    parent.close()
+    with pytest.raises(DatabaseError, match="closed"):
+        late.set_status("failed")
+
+
+def test_a_fork_notes_the_checkpoint_that_it_goes_on_from(url: str, tmp_path: Path) -> None:
+    with ExperimentTracker("base", "text", database_url=url) as base:
+        with EnhancedCheckpointManager(base, tmp_path / "c") as manager:
+            saved = manager.save_checkpoint({"w": [1.0]})
+        with base.fork_from(saved, "tuned", config={"lr": 1e-5}) as fork:
+            assert (fork.record.forked_from, fork.record.parent_id, fork.record.project) == (saved, None, "text")
+        (found,) = base.queries.search_experiments(f"forked_from == '{saved}'")
+        assert found.name == "tuned"
+        with pytest.raises(CheckpointNotFoundError, match="nothing"):
+            base.fork_from("nothing", "tuned")

@@ -120,7 +120,8 @@ class Queries:
                 "SELECT e.id, e.name, e.project, e.parent_id, e.status, e.created_at, e.points, "
                 "COALESCE(c.number, 0), COALESCE(c.bytes, 0) FROM experiments e LEFT JOIN "
                 "(SELECT experiment_id, COUNT(*) AS number, SUM(size) AS bytes FROM checkpoints "
-                f"WHERE status IN {LIVE} GROUP BY experiment_id) c ON c.experiment_id = e.id ORDER BY e.created_at, e.id"
+                f"WHERE status IN {LIVE} GROUP BY experiment_id) c ON c.experiment_id = e.id "
+                "ORDER BY e.created_at, e.id"
             )
         )
         if root is not None:

@@ -10,14 +10,12 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 Item = TypeVar("Item")
 RESULTS = Path(__file__).with_name("results")
@@ -107,7 +105,7 @@ def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def machine(folder: Path) -> dict[str, str]:
+def machine(folder: Path, packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Return what the numbers depend on."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -117,10 +115,17 @@ def machine(folder: Path) -> dict[str, str]:
         "file system": _file_system(folder),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "torch threads": str(torch.get_num_threads()),
+        **{name: _version(name) for name in packages},
+        **({"torch threads": str(sys.modules["torch"].get_num_threads())} if "torch" in sys.modules else {}),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

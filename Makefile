@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 MEMORY := $(shell [ "$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}')" -gt 4000000 ] && echo TMPDIR=/dev/shm)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-scale clean
+.PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-track bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +41,14 @@ bench-load: $(VENV)/.bench ## loads against the same (benchmarks/load.py)
 bench-async: $(VENV)/.bench ## how long background saves hold training up (benchmarks/async_save.py)
 	$(BIN)/python benchmarks/async_save.py
 
+bench-track: .venv-track/.made ## what tracking costs, against MLflow, trackio, Aim, W&B and tensorboardX (benchmarks/track.py)
+	.venv-track/bin/python benchmarks/track.py
+
 bench-scale: $(VENV)/.dev ## measure how saving, listing and retention scale (benchmarks/scale.py)
 	$(BIN)/python benchmarks/scale.py
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) demo_run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-track demo_run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes last when an environment is made, so its presence says that the environment is whole.
@@ -58,6 +61,12 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev
 	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+# The trackers want other versions of the same packages than the rest, so they have an environment of their own.
+.venv-track/.made: pyproject.toml
+	$(PYTHON) -m venv .venv-track
+	.venv-track/bin/python -m pip install -q --disable-pip-version-check -e '.[bench-track]'
 	@touch $@
 
 # After .demo, never beside it: under make -j two pips would write into one environment.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         KeepYoungerThan,
     )
     from model_checkpoint.checkpoint.storage import register_storage_backend
+    from model_checkpoint.performance.statistics import prometheus_text
     from model_checkpoint.tracking import ExperimentTracker, Queries
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "KeepYoungerThan",
     "Queries",
     "__version__",
+    "prometheus_text",
     "register_storage_backend",
 ]
 
@@ -42,6 +44,7 @@ _HOME = {
     **dict.fromkeys(_POLICIES, "model_checkpoint.checkpoint.retention"),
     "EnhancedCheckpointManager": "model_checkpoint.checkpoint.enhanced_manager",
     **dict.fromkeys(("ExperimentTracker", "Queries"), "model_checkpoint.tracking"),
+    "prometheus_text": "model_checkpoint.performance.statistics",
     "register_storage_backend": "model_checkpoint.checkpoint.storage",
 }
 

@@ -26,6 +26,7 @@ from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity import CheckpointVerifier
 from model_checkpoint.integrity.verification import summarise
 from model_checkpoint.performance import LRUCache
+from model_checkpoint.performance.statistics import Tally
 from model_checkpoint.utils.names import is_id
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ class CheckpointCatalog:
     _tracker: Tracker | None
     _cache: LRUCache | None
     _best_metrics: dict[str, str]
-    _totals: dict[str, float]
-    _totals_lock: threading.Lock
+    _tally: Tally
     _inside: threading.local  # its ``hook`` says whether this thread is in one, where SystemExit would get lost
 
     def list_checkpoints(
@@ -297,23 +297,20 @@ class CheckpointCatalog:
         }
 
     def get_performance_statistics(self) -> dict[str, Any]:
-        """Return what this manager did.
+        """Return what this manager did, in this process.
 
         Returns:
             Sums: ``saves``, ``loads``, ``bytes_written``, ``save_seconds``, ``load_seconds``, ``stall_seconds`` (for
-            which background saves held up their callers); ``cache`` as
-            ``LRUCache.stats`` has it (None without one); ``hooks`` as ``HookManager.get_performance_stats`` has it.
+            which background saves held up their callers). Of the newest 1,000 of each, once there was one:
+            ``stall_p50_seconds``, ``stall_p95_seconds``, ``stall_p99_seconds``, and the same of ``save`` and ``load``.
+            ``write_gb_per_second``; ``pending_saves``; ``experiments``: id -> the same sums and percentiles; ``cache``
+            as ``LRUCache.stats`` has it (None without one); ``hooks`` as ``HookManager.get_performance_stats`` has it.
         """
-        with self._totals_lock:
-            totals: dict[str, Any] = dict(self._totals)
-        totals["cache"] = self._cache.stats() if self._cache is not None else None
-        totals["hooks"] = self.hook_manager.get_performance_stats() if self.hook_manager is not None else {}
-        return totals
-
-    def _count(self, **more: float) -> None:
-        with self._totals_lock:
-            for name, value in more.items():
-                self._totals[name] += value
+        told: dict[str, Any] = dict.fromkeys(_SUMS, 0.0) | self._tally.summary() | self._tally.gauged()
+        told["experiments"] = {each: self._tally.summary(each) for each in self._tally.experiments()}
+        told["cache"] = self._cache.stats() if self._cache is not None else None
+        told["hooks"] = self.hook_manager.get_performance_stats() if self.hook_manager is not None else {}
+        return told
 
     def _fire(self, event: HookEvent, data: Mapping[str, Any], checkpoint_id: str, experiment_id: str) -> None:
         """Run the hooks of ``event``; raises HookVetoError where one vetoes."""
@@ -328,6 +325,14 @@ class CheckpointCatalog:
             self._inside.hook = outer
         if result.stopped_by is not None:
             raise HookVetoError(result.stopped_by, event.value, result.reason)
+
+
+_SUMS = ("saves", "save_seconds", "stall_seconds", "bytes_written", "loads", "load_seconds")
+GAUGES: dict[str, Callable[[Any], float]] = {
+    "pending_saves": lambda manager: len(manager.pending()),
+    "cache_hits": lambda manager: manager._cache.stats()["hits"] if manager._cache else 0,
+    "cache_misses": lambda manager: manager._cache.stats()["misses"] if manager._cache else 0,
+}
 
 
 def payload(record: CheckpointRecord) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from model_checkpoint.checkpoint.arguments import (
 )
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
-from model_checkpoint.checkpoint.catalog import Tracker, database_of, payload
+from model_checkpoint.checkpoint.catalog import GAUGES, Tracker, database_of, payload
 from model_checkpoint.checkpoint.compression import best_codec
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.checkpoint.lifecycle import ManagerLifecycle
@@ -39,7 +39,7 @@ from model_checkpoint.errors import ExperimentNotFoundError
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.integrity.manifest import FileEntry, Manifest
 from model_checkpoint.performance import LRUCache
-from model_checkpoint.utils.fork import renew_in_child
+from model_checkpoint.performance.statistics import Tally
 from model_checkpoint.utils.jsonable import escape, text, to_jsonable, to_number
 from model_checkpoint.utils.parallel import default_threads
 
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 
 _COMPONENTS = ("model", "optimizer", "scheduler", "extra")
 _FLAGS = ("save_optimizer", "save_scheduler", "compute_checksum", "update_best", "blocking")
-_TOTALS = ("saves", "save_seconds", "stall_seconds", "bytes_written", "loads", "load_seconds")
 
 
 class _Call(NamedTuple):
@@ -157,9 +156,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         self._queue = SaveQueue(max_pending_saves)
         self._signals: SignalWatch | None = None
         self._at_signal: Callable[[], Mapping[str, Any]] = dict
-        self._totals = dict.fromkeys(_TOTALS, 0.0)
-        self._totals_lock = threading.Lock()
-        renew_in_child(self, "_totals_lock", threading.Lock)
+        self._tally = Tally(self, GAUGES)
         self._inside = threading.local()
         self._directory = CheckpointDirectory(self.checkpoint_dir)
         self._db = database_of(experiment_tracker, database_url)
@@ -287,7 +284,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             self._tracker.flush()
         call = call._replace(position=self._db.experiments.position(call.record.experiment_id))
         self._queue.submit(call.record.id, lambda buffer: buffer.take(state, self._threads), partial(self._save, call))
-        self._count(stall_seconds=time.perf_counter() - started)
+        self._tally.count(call.record.experiment_id, stall_seconds=time.perf_counter() - started)
 
     def _save(self, call: _Call, state: EncodedState) -> None:
         """Make a checkpoint of a state that does not change meanwhile, in whatever thread."""
@@ -312,10 +309,16 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             self._fire(HookEvent.ON_CHECKPOINT_SAVE_FAILED, told, record.id, record.experiment_id)
             raise
         record, taken, count = saved
-        with self._totals_lock:
-            self._totals["saves"] += 1
-            self._totals["save_seconds"] += time.perf_counter() - started
-            self._totals["bytes_written"] += record.size
+        key = record.experiment_id
+        with self._tally.lock:  # what Tally.count does, without a call
+            for name, value in (
+                ("saves", 1),
+                ("bytes_written", record.size),
+                ("save_seconds", time.perf_counter() - started),
+            ):
+                self._tally.sums[key, name] += value
+            self._tally.laps[key, "save_seconds"].append(value)
+            self._tally.counts[key, "save_seconds"] += 1
         if hooks is not None and HookEvent.AFTER_CHECKPOINT_SAVE in hooks.listening:
             outcome = {**payload(record), "size": record.size, "best": sorted(taken)}
             self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)

@@ -92,7 +92,7 @@ class CheckpointLoading(CheckpointRemoval):
         record, state, refused = self._read_chosen(
             checkpoint_id, wanted, checkpoint_type, on_corruption == "fallback", partial(self._read, verify, read)
         )
-        self._count(loads=1, load_seconds=time.perf_counter() - started)
+        self._tally.count(record.experiment_id, loads=1, load_seconds=time.perf_counter() - started)
         told = self._flags(record)
         if refused:
             told["fallback_from"] = list(refused)
@@ -151,7 +151,7 @@ class CheckpointLoading(CheckpointRemoval):
         record, _, _ = self._read_chosen(
             checkpoint_id, wanted, checkpoint_type, False, partial(self._read, verify, read)
         )
-        self._count(loads=1, load_seconds=time.perf_counter() - started)
+        self._tally.count(record.experiment_id, loads=1, load_seconds=time.perf_counter() - started)
         return self._loaded(record, self._flags(record))
 
     def _experiment_to_load(self, checkpoint_id: str | None, experiment_id: str | None) -> str | None:

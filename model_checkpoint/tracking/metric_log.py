@@ -15,6 +15,7 @@ from model_checkpoint.database.columns import Columns, pack, unpack
 from model_checkpoint.database.metrics import Logged, grouped
 from model_checkpoint.errors import DatabaseError
 from model_checkpoint.performance.spool import Spool
+from model_checkpoint.performance.statistics import Tally
 from model_checkpoint.utils.fork import watch
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,17 @@ class MetricLog:
     Args:
         database: where to.
         experiment_id: whose metrics these are.
+
+    Attributes:
+        pending: what waits to be written, for the statistics; whoever collects it sets it.
+        tally: what was stored, and how long it took.
     """
 
     def __init__(self, database: EnhancedDatabaseConnection, experiment_id: str) -> None:
         self._database = database
         self._experiment_id = experiment_id
+        self.pending: Sequence[Logged] = ()
+        self.tally = Tally(self, {"buffered_points": lambda log: len(log.pending)})
         self._start_afresh()
         watch(self)
 
@@ -68,11 +75,17 @@ class MetricLog:
             DatabaseError: neither took it; nothing of it was stored.
         """
         batch = grouped(logged)
+        started = time.perf_counter()
         try:
             self._store(batch, urgent)
         except DatabaseError as error:
             if batch:
                 self._put_aside(pack(batch), error)
+                self.tally.count(self._experiment_id, spooled=1)
+        else:
+            if batch:
+                points, took = sum(map(len, batch.values())), time.perf_counter() - started
+                self.tally.count(self._experiment_id, flushes=1, points=points, flush_seconds=took)
         self._number += 1
 
     def _store(self, batch: Mapping[str, Columns], urgent: bool) -> None:

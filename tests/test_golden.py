@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import CheckpointNotFoundError
 from model_checkpoint.integrity import CheckpointVerifier
@@ -413,3 +413,59 @@ def test_torch_states_load_from_the_directory_alone(rebuilt: Golden) -> None:
     for notes in NOTES:
         if notes.startswith("torch"):
             check_torch(rebuilt.load(notes), notes)
+
+
+# --- schema version 3 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def third(tmp_path: Path) -> Iterator[ExperimentTracker]:
+    """The run of a copy of the golden database of version 3."""
+    shutil.copy(GOLDEN / "database_v3.db", tmp_path / "runs.db")
+    with Queries(f"sqlite:///{tmp_path}/runs.db") as queries:
+        (found,) = queries.search_experiments("name == 'golden run'")
+    with ExperimentTracker.resume(found.id, f"sqlite:///{tmp_path}/runs.db") as run:
+        yield run
+
+
+def test_the_golden_database_of_version_3_is_of_version_3() -> None:
+    with sqlite3.connect(GOLDEN / "database_v3.db") as connection:  # the file itself, which nobody has opened
+        rows = connection.execute("SELECT number, name FROM migrations").fetchall()
+    connection.close()
+    assert rows == [(1, "create_tables"), (2, "blocks_and_scores"), (3, "drop_rows_of_points")]
+    content = (GOLDEN / "database_v3.db").read_bytes()
+    for trace in (b"/tmp", b"/home", b"/root", b"/var", str(GOLDEN).encode()):
+        assert trace not in content
+
+
+def test_metrics_of_version_3_come_back_to_the_bit(third: ExperimentTracker) -> None:
+    points = third.get_metrics("odd")
+    values = [0.5, -0.0, math.nan, math.inf, -math.inf, 5e-324, 1 / 3]
+    assert [point["metric_value"].hex() for point in points] == [value.hex() for value in values]
+    assert [point["step"] for point in points] == [None, 0, -1, 2**63 - 1, -(2**63), 5, 4]
+    assert len(third.get_metrics("größe/♥")) == 7
+    long = third.metric_history("long", max_points=None)
+    assert list(long.values) == [*(i / 7 for i in range(10_000)), -1.0]
+    assert long.steps == [*range(0, 20_000, 2), 20_000]
+    assert {-1.0, 9999 / 7} <= set(third.metric_history("long", 50).values)
+    found = third.metric_summaries()["long"]
+    assert (found["points"], found["min"], found["min_step"], found["max_step"]) == (10_001, -1.0, 20_000, 19_998)
+
+
+def test_the_rest_of_version_3_comes_back(third: ExperimentTracker) -> None:
+    record = third.record
+    assert (record.project, record.tags, record.metadata) == ("golden", ("a", 5), {"m": 1})
+    assert record.config == {"lr": 1e-3, "layers": [64, 32], "net": {"act": "gelu", "deep": True}, "nothing": None}
+    (attempt,) = third.attempts
+    assert (attempt.number, attempt.points) == (1, 100)
+    assert list(third.metric_history("long", attempt=1).values) == [0.0] * 100
+    first, second = third.queries.search_checkpoints("experiment.name == 'golden run'", order_by="loss desc")
+    assert (first.metrics["acc"], first.epoch, second.pinned, second.best) == (math.inf, 1, True, {"loss"})
+    assert math.isnan(first.metrics["f1"])
+    assert third.queries.search_checkpoints("metrics.acc > 1e300")[0].id == first.id
+    (tree,) = third.queries.tree(root=third.experiment_id)
+    assert [(child.name, child.status) for child in tree.children] == [("golden child", "failed")]
+    (fork,) = third.queries.search_experiments("name == 'golden fork'")
+    assert fork.forked_from == first.id == attempt.checkpoint_id
+    third.log_metric("odd", 1.0)
+    assert len(third.get_metrics("odd")) == 8

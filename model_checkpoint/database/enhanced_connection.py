@@ -33,7 +33,8 @@ class EnhancedDatabaseConnection:
         database_url: ``sqlite:///relative/path.db``, ``sqlite:////absolute/path.db``, ``sqlite:///:memory:``,
             ``postgresql://user:password@host:port/database`` (extra ``postgresql``) or ``mysql://...`` for MySQL and
             MariaDB (extra ``mysql``). What follows a ``?`` goes to the server's driver.
-        pool_size: connections open at most; a thread that finds none free waits.
+        pool_size: connections open at most, to a server at least one for writing and one for reading; a thread that
+            finds none free waits.
         busy_timeout: seconds to wait for another writer, or for a free connection, before an error.
 
     Attributes:
@@ -99,6 +100,8 @@ class EnhancedDatabaseConnection:
         self, sql: str, parameters: Mapping[str, Any] | None = None, binary: bool = False
     ) -> list[tuple[Any, ...]]:
         """Return every row of a SELECT, in the running transaction of this thread if there is one.
+
+        Outside a transaction the connection can only read, but for a database in memory, or with a pool of one.
 
         Args:
             sql: the statement, with ``:name`` binds.

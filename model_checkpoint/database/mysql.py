@@ -23,6 +23,7 @@ class MySQLDialect:
     lock_schema = f"SELECT GET_LOCK({_NAME}, :timeout)"
     unlock_schema = f"SELECT RELEASE_LOCK({_NAME})"
 
+    read_only = "SET SESSION TRANSACTION READ ONLY"
     text_tests: ClassVar[dict[str, str]] = {
         "matches": "{column} REGEXP {text}",
         "contains": "LOCATE({text}, {column}) > 0",

@@ -21,6 +21,7 @@ class PostgreSQLDialect:
     lock_schema = f"SELECT 1 FROM pg_advisory_lock({_LOCK})"
     unlock_schema = f"SELECT pg_advisory_unlock({_LOCK})"
 
+    read_only = "SET default_transaction_read_only = on"
     text_tests: ClassVar[dict[str, str]] = {
         "matches": "{column} ~ {text}",
         "contains": "STRPOS({column}, {text}) > 0",

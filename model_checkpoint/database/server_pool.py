@@ -26,6 +26,7 @@ class Dialect(Protocol):
         drivername: what SQLAlchemy calls server and driver in a URL.
         take_turn: the statement that waits until no other transaction that has run it is open.
         lock_schema, unlock_schema: those around a migration, which return 1; ``:timeout`` is in seconds.
+        read_only: the statement after which a connection can only read.
         done_already: the error codes of a step of a migration that an interrupted one has done already.
     """
 
@@ -33,6 +34,7 @@ class Dialect(Protocol):
     driver: str
     drivername: str
     done_already: frozenset[int]
+    read_only: str
     text_tests: ClassVar[dict[str, str]]
     take_turn: str
     lock_schema: str
@@ -80,21 +82,29 @@ class ServerPool(EnhancedDatabaseConnection):
         self.place = url.render_as_string(hide_password=True)
         self._password = url.password
         self._timeout = busy_timeout
-        self._engine = self._sqlalchemy.create_engine(
-            url.set(drivername=self._dialect.drivername),
-            connect_args={} if "connect_timeout" in url.query else {"connect_timeout": _CONNECT_TIMEOUT},
-            isolation_level="READ COMMITTED",  # a look after a lock was taken sees what its last holder has written
-            pool_size=pool_size,
-            max_overflow=0,
-            pool_timeout=busy_timeout,
-            pool_pre_ping=True,  # a connection that the server has closed while it rested is replaced, not an error
-            hide_parameters=True,  # errors are shown to people and kept in logs
-        )
-        self._sqlalchemy.event.listen(self._engine, "connect", partial(_tell, self._dialect.setting(busy_timeout)))
-        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        writers = max(1, pool_size // 3)
+        told = self._dialect.setting(busy_timeout)
+        self._engine = self._make_engine(url, writers, [told], "READ COMMITTED")
+        # Filters of users run on connections that cannot write, whatever comes through.
+        readers = [told, self._dialect.read_only]
+        self._reader = self._make_engine(url, max(1, pool_size - writers), readers, "AUTOCOMMIT")
         self._mine = threading.local()
         self._closed = False
         watch(self)
+
+    def _make_engine(self, url: Any, size: int, told: Sequence[str], isolation_level: str) -> Any:
+        engine = self._sqlalchemy.create_engine(
+            url.set(drivername=self._dialect.drivername),
+            connect_args={} if "connect_timeout" in url.query else {"connect_timeout": _CONNECT_TIMEOUT},
+            isolation_level=isolation_level,  # a look after a lock was taken sees what its last holder has written
+            pool_size=size,
+            max_overflow=0,
+            pool_timeout=self._timeout,
+            pool_pre_ping=True,  # a connection that the server has closed while it rested is replaced, not an error
+            hide_parameters=True,  # errors are shown to people and kept in logs
+        )
+        self._sqlalchemy.event.listen(engine, "connect", partial(_tell, told))
+        return engine
 
     def before_fork(self) -> None:
         """Nothing: connections stay the parent's."""
@@ -105,6 +115,7 @@ class ServerPool(EnhancedDatabaseConnection):
     def after_fork_in_child(self) -> None:
         """Start with connections of its own; the parent's are not closed here, which would end them there."""
         self._engine.dispose(close=False)
+        self._reader.dispose(close=False)
         self._mine = threading.local()
 
     def _inside(self) -> bool:
@@ -163,6 +174,7 @@ class ServerPool(EnhancedDatabaseConnection):
     def _shut(self) -> None:
         self._closed = True
         self._engine.dispose()
+        self._reader.dispose()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -209,9 +221,10 @@ class _MigratingConnection(_Connection):
                 raise
 
 
-def _tell(setting: str, connection: Any, _: object) -> None:
+def _tell(statements: Sequence[str], connection: Any, _: object) -> None:
     with connection.cursor() as cursor:
-        cursor.execute(setting)
+        for statement in statements:
+            cursor.execute(statement)
     connection.commit()
 
 

@@ -216,6 +216,8 @@ class SQLitePool(EnhancedDatabaseConnection):
             if self._closed:
                 raise DatabaseError(f"database {self._dialect.path} was closed; open it again to go on")
             slot.connection = self._dialect.connect()
+            if slot is not self._writer:  # filters of users run there; whatever comes through cannot write
+                slot.connection.execute("PRAGMA query_only=ON")
         return slot.connection
 
     def _close_slot(self, slot: _Slot) -> None:

@@ -167,6 +167,16 @@ def test_a_row_that_refers_to_nothing_is_refused(database: EnhancedDatabaseConne
             )
 
 
+@pytest.mark.parametrize(
+    "statement", ["DELETE FROM experiments", "UPDATE experiments SET name = 'b'", "DROP TABLE experiments"]
+)
+def test_a_query_cannot_write(database: EnhancedDatabaseConnection, statement: str) -> None:
+    put(database, "a")
+    with pytest.raises(DatabaseError, match=r"(?i)read.?only"):
+        database.query(statement)
+    assert names_in(database) == ["a"]
+
+
 # --- the pool ---------------------------------------------------------------------------------------------------
 
 

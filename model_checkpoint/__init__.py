@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     )
     from model_checkpoint.checkpoint.storage import register_storage_backend
     from model_checkpoint.performance.statistics import prometheus_text
-    from model_checkpoint.tracking import ExperimentTracker, Queries
+    from model_checkpoint.tracking import Capture, ExperimentTracker, Queries
 
 __all__ = [
+    "Capture",
     "EnhancedCheckpointManager",
     "ExperimentTracker",
     "KeepBest",
@@ -43,7 +44,7 @@ _POLICIES = ("KeepBest", "KeepEvery", "KeepLast", "KeepTypes", "KeepWithinBytes"
 _HOME = {
     **dict.fromkeys(_POLICIES, "model_checkpoint.checkpoint.retention"),
     "EnhancedCheckpointManager": "model_checkpoint.checkpoint.enhanced_manager",
-    **dict.fromkeys(("ExperimentTracker", "Queries"), "model_checkpoint.tracking"),
+    **dict.fromkeys(("Capture", "ExperimentTracker", "Queries"), "model_checkpoint.tracking"),
     "prometheus_text": "model_checkpoint.performance.statistics",
     "register_storage_backend": "model_checkpoint.checkpoint.storage",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from model_checkpoint import ExperimentTracker
+
+os.environ.setdefault("MODEL_CHECKPOINT_CAPTURE", "off")  # tests compare metadata and count calls; others test this
 
 
 @pytest.fixture

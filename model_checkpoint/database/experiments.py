@@ -123,6 +123,15 @@ class ExperimentTable:
             )
             self._set_parameters(experiment_id, config)
 
+    def update_metadata(self, experiment_id: str, values: Mapping[str, Any]) -> None:
+        """Merge ``values`` into the metadata; top-level names that exist are replaced."""
+        with self._db.transaction(durable=True) as connection:
+            rows = self._db.query("SELECT metadata FROM experiments WHERE id = :id", {"id": experiment_id})
+            connection.execute(
+                "UPDATE experiments SET metadata = :metadata WHERE id = :id",
+                {"id": experiment_id, "metadata": dumps({**loads(rows[0][0]), **values})},
+            )
+
     def _set_parameters(self, experiment_id: str, config: Mapping[str, Any]) -> None:
         with self._db.transaction() as connection:
             connection.execute("DELETE FROM parameters WHERE experiment_id = :id", {"id": experiment_id})

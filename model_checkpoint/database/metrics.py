@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Logged = Point | tuple[str, Columns]  # what a writer collects: one point, or many of one metric
 
+SYSTEM = "system/"  # begins the names of system metrics, which are shown to those only who ask for them
 _OPEN_BELOW = 512  # points; a block with fewer is read and written again when more come, one with more is closed
 _LARGEST = 1.7976931348623157e308  # stands for infinity in summaries: MySQL has none
 _NAMES_AT_ONCE = 500  # of a statement; SQLite takes 32,766 binds, some servers fewer
@@ -148,13 +149,13 @@ class MetricTable:
             )
         )
 
-    def summaries(self, experiment_id: str, attempt: int = 0) -> dict[str, Summary]:
-        """Return name -> summary of every metric of an experiment."""
+    def summaries(self, experiment_id: str, attempt: int = 0, system: bool = False) -> dict[str, Summary]:
+        """Return name -> summary of every metric of an experiment, with ``system`` those of the machine, too."""
         rows = self._db.query(
             f"SELECT name, {_SUMMARY} FROM series WHERE experiment_id = :id AND attempt = :attempt ORDER BY id",
             {"id": experiment_id, "attempt": attempt},
         )
-        return {name: Summary(*summary) for name, *summary in rows}
+        return {name: Summary(*summary) for name, *summary in rows if system or not _is_system(name)}
 
     def columns(self, series_id: int) -> Columns:
         """Return every point of a series."""
@@ -194,9 +195,9 @@ class MetricTable:
         return _decoded(data, series_id)
 
     def points(self, experiment_id: str, name: str | None = None) -> list[Point]:
-        """Return the points in the order logged, of one metric or of all."""
+        """Return the points in the order logged, of one metric or of all but those of the machine."""
         series = self.names(experiment_id)
-        wanted = series if name is None else {name: series[name]} if name in series else {}
+        wanted = {each: id for each, id in series.items() if each == name or (name is None and not _is_system(each))}
         found: list[tuple[int, Point]] = []
         for each, series_id in wanted.items():
             columns = self.columns(series_id)
@@ -206,6 +207,10 @@ class MetricTable:
         if len(wanted) > 1:
             found.sort(key=lambda pair: pair[0])
         return [point for _, point in found]
+
+
+def _is_system(name: str) -> bool:
+    return name.startswith(SYSTEM)
 
 
 def add_points(connection: Executes, series: Mapping[str, tuple[Any, ...]], batch: Mapping[str, Columns]) -> None:

@@ -41,7 +41,7 @@ class ExperimentReader:
         """Return what was logged, by any process, in the order logged.
 
         Args:
-            metric_name: only this metric.
+            metric_name: only this metric. Without it the system metrics, ``system/...``, are left out.
 
         Returns:
             Dicts with ``metric_name``, ``metric_value`` (float), ``step`` and ``timestamp`` (Unix seconds).
@@ -73,10 +73,10 @@ class ExperimentReader:
         if max_points is not None and max_points < 4:
             raise ConfigurationError(f"max_points must be at least 4 or None, not {max_points}")
         columns = metrics.columns(series[name]) if max_points is None else metrics.curve(series[name], max_points)
-        return history_of(name, columns, metrics.summaries(self.experiment_id, attempt)[name].points)
+        return history_of(name, columns, metrics.summaries(self.experiment_id, attempt, system=True)[name].points)
 
     def metric_summaries(self) -> dict[str, dict[str, Any]]:
-        """Return what is known of every metric without reading its points.
+        """Return what is known of every metric but the system metrics, without reading its points.
 
         Returns:
             name -> ``points``, ``last``, ``last_step``, ``min``, ``min_step``, ``max``, ``max_step`` (the step of the

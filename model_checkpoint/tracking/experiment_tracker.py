@@ -21,9 +21,11 @@ from model_checkpoint.errors import (
     UnsupportedValueError,
 )
 from model_checkpoint.performance.batched_writer import BatchedWriter
+from model_checkpoint.tracking.capture import Capture, at_once, in_force
 from model_checkpoint.tracking.experiment_reader import ExperimentReader
 from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
+from model_checkpoint.tracking.recording import KEY, Recording
 from model_checkpoint.utils.jsonable import dumps, short_text, text, to_jsonable, to_number, to_step
 
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
@@ -45,6 +47,8 @@ class ExperimentTracker(ExperimentReader):
         database_url: see ``EnhancedDatabaseConnection``.
         parent: the experiment that it belongs under: a tracker or an id.
         metadata: name -> any JSON value.
+        capture: what is noted of the code and the machine; None is everything. It is in the metadata, as ``captured``
+            unless that is given, and complete within seconds. ``child`` and ``fork_from`` note nothing.
 
     Attributes:
         experiment_id: UUID text.
@@ -56,7 +60,7 @@ class ExperimentTracker(ExperimentReader):
         ConfigurationError, DatabaseError, FormatVersionError: the database cannot be used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what users call; the names are those of the specification
         self,
         experiment_name: str,
         project_name: str | None = None,
@@ -66,11 +70,16 @@ class ExperimentTracker(ExperimentReader):
         *,
         parent: ExperimentTracker | str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        capture: Capture | None = None,
     ) -> None:
+        wanted = in_force(capture)
         experiment = _described(experiment_name, project_name, tags, config, metadata)
         parent_id = parent.experiment_id if isinstance(parent, ExperimentTracker) else parent
-        experiment = replace(experiment, parent_id=parent_id)
+        found = at_once(wanted) if wanted.stores and KEY not in experiment.metadata else None
+        stored = experiment.metadata if found is None else {**experiment.metadata, KEY: found}
+        experiment = replace(experiment, parent_id=parent_id, metadata=stored)
         self._begin(EnhancedDatabaseConnection(database_url), experiment)
+        self._recording.begin(wanted, found, self._log_system)
 
     def _begin(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord, owned: bool = True) -> None:
         try:
@@ -134,7 +143,12 @@ class ExperimentTracker(ExperimentReader):
 
     @classmethod
     def resume(
-        cls, experiment_id: str, database_url: str = "sqlite:///experiments.db", *, at_checkpoint: str | None = None
+        cls,
+        experiment_id: str,
+        database_url: str = "sqlite:///experiments.db",
+        *,
+        at_checkpoint: str | None = None,
+        capture: Capture | None = None,
     ) -> ExperimentTracker:
         """Go on with an experiment that was started before, here or elsewhere; its status is ``running`` again.
 
@@ -143,11 +157,14 @@ class ExperimentTracker(ExperimentReader):
             database_url: see ``EnhancedDatabaseConnection``.
             at_checkpoint: the checkpoint that training goes on from. Metrics that were logged after it was saved become
                 an earlier attempt (see ``attempts``), so that no step is there twice.
+            capture: as for the constructor. The command and the host are added to what was captured at the start, as
+                an entry of its list ``resumed``; where nothing was, nothing is.
 
         Raises:
             ExperimentNotFoundError: it is not in the database.
             CheckpointNotFoundError: it has no such checkpoint; nothing was changed.
         """
+        wanted = in_force(capture).again
         database = EnhancedDatabaseConnection(database_url)
         experiment = database.experiments.get(experiment_id)
         if experiment is None:
@@ -164,6 +181,7 @@ class ExperimentTracker(ExperimentReader):
         except BaseException:
             tracker._finish()
             raise
+        tracker._recording.begin(wanted, at_once(wanted) if wanted.stores else None, tracker._log_system, resumed=True)
         return tracker
 
     def _rewind(self, checkpoint_id: str) -> None:
@@ -187,14 +205,15 @@ class ExperimentTracker(ExperimentReader):
         log.pending = self._writer.pending
         self._tally = log.tally
         self.unflushed = self._writer.pending
+        self._recording = Recording(database, experiment.id)
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        self._finish = weakref.finalize(self, _finish, self._writer, log, database if owned else None)
+        self._finish = weakref.finalize(self, _finish, self._recording, self._writer, log, database if owned else None)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value of one metric.
 
         Args:
-            name: the metric.
+            name: the metric. Names that begin with ``system/`` are those of the machine's metrics.
             value: a number or scalar of an array library; NaN and the infinities are kept.
             step: an integer, or None.
 
@@ -244,6 +263,10 @@ class ExperimentTracker(ExperimentReader):
         self._names.add(short_text(name, "metric name", self.database.max_name))
         for start in range(0, len(columns), _AT_ONCE):
             self._writer.put((name, columns[start : start + _AT_ONCE]))
+
+    def _log_system(self, sample: Mapping[str, float]) -> None:
+        at = time.time()
+        self._writer.extend([(name, float(value), None, at) for name, value in sample.items()])
 
     def _closed(self) -> DatabaseError:
         return DatabaseError(
@@ -324,9 +347,17 @@ class ExperimentTracker(ExperimentReader):
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
 
 
-def _finish(writer: BatchedWriter[Logged], log: MetricLog, database: EnhancedDatabaseConnection | None) -> None:
+def _finish(
+    recording: Recording,
+    writer: BatchedWriter[Logged],
+    log: MetricLog,
+    database: EnhancedDatabaseConnection | None,
+) -> None:
     try:
-        writer.close()
+        try:
+            recording.stop()
+        finally:
+            writer.close()
     finally:
         log.close()
         if database is not None:

@@ -26,3 +26,12 @@ def require(package: str, extra: str, purpose: str) -> Any:
         if (error.name or "").partition(".")[0] != package.partition(".")[0]:
             raise  # the package is there, something that it needs is not: its own message is the better one
         raise MissingDependencyError(package, extra, purpose) from error
+
+
+def find(package: str) -> Any:
+    """Import and return ``package``, or None where it cannot be imported: for what is nice to have."""
+    try:
+        __import__(package)
+        return sys.modules[package]
+    except ImportError:
+        return None

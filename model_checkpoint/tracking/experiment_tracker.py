@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-import uuid
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -21,12 +20,13 @@ from model_checkpoint.errors import (
     UnsupportedValueError,
 )
 from model_checkpoint.performance.batched_writer import BatchedWriter
+from model_checkpoint.tracking.arguments import check_lengths, described, plain_mapping, plain_tags
 from model_checkpoint.tracking.capture import Capture, at_once, in_force
 from model_checkpoint.tracking.experiment_reader import ExperimentReader
 from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
 from model_checkpoint.tracking.recording import KEY, Recording
-from model_checkpoint.utils.jsonable import dumps, short_text, text, to_jsonable, to_number, to_step
+from model_checkpoint.utils.jsonable import short_text, to_number, to_step
 
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
 STATUSES = ("running", "completed", "failed", "interrupted")
@@ -73,7 +73,7 @@ class ExperimentTracker(ExperimentReader):
         capture: Capture | None = None,
     ) -> None:
         wanted = in_force(capture)
-        experiment = _described(experiment_name, project_name, tags, config, metadata)
+        experiment = described(experiment_name, project_name, tags, config, metadata)
         parent_id = parent.experiment_id if isinstance(parent, ExperimentTracker) else parent
         found = at_once(wanted) if wanted.stores and KEY not in experiment.metadata else None
         stored = experiment.metadata if found is None else {**experiment.metadata, KEY: found}
@@ -83,7 +83,7 @@ class ExperimentTracker(ExperimentReader):
 
     def _begin(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord, owned: bool = True) -> None:
         try:
-            _check_lengths(database, experiment.tags, experiment.project)
+            check_lengths(database, experiment.tags, experiment.project)
             if experiment.parent_id is not None and database.experiments.get(experiment.parent_id) is None:
                 raise ExperimentNotFoundError(f"parent experiment {experiment.parent_id!r} is not in {database!r}")
             database.experiments.create(experiment)
@@ -137,7 +137,7 @@ class ExperimentTracker(ExperimentReader):
         forked_from: str | None = None,
     ) -> ExperimentTracker:
         made = type(self).__new__(type(self))
-        experiment = _described(name, self.project_name, tags, config, metadata)
+        experiment = described(name, self.project_name, tags, config, metadata)
         made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
         return made
 
@@ -279,14 +279,14 @@ class ExperimentTracker(ExperimentReader):
         Raises:
             UnsupportedValueError: a part that cannot be stored; the text names its path.
         """
-        self.database.experiments.update_config(self.experiment_id, _mapping(values, "config"))
+        self.database.experiments.update_config(self.experiment_id, plain_mapping(values, "config"))
         self.version += 1
 
-    def add_tags(self, tags: Any) -> None:
+    def addplain_tags(self, tags: Any) -> None:
         """Add tags, a list of JSON values or a single one; those that are there already stay where they are."""
-        new = _tags(tags)
-        _check_lengths(self.database, new)
-        self.database.experiments.add_tags(self.experiment_id, new)
+        new = plain_tags(tags)
+        check_lengths(self.database, new)
+        self.database.experiments.addplain_tags(self.experiment_id, new)
         self.version += 1
 
     def set_status(self, status: str) -> None:
@@ -362,40 +362,3 @@ def _finish(
         log.close()
         if database is not None:
             database.close()
-
-
-def _described(
-    name: str, project: str | None, tags: Any, config: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None
-) -> ExperimentRecord:
-    return ExperimentRecord(
-        id=str(uuid.uuid4()),
-        name=text(name, "experiment_name"),
-        project=None if project is None else text(project, "project_name"),
-        created_at=time.time(),
-        config=_mapping(config, "config"),
-        metadata=_mapping(metadata, "metadata"),
-        tags=_tags(tags),
-    )
-
-
-def _mapping(value: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{path} must be a dict of names and values, not {type(value).__name__}")
-    made: dict[str, Any] = to_jsonable(value, path)
-    return made
-
-
-def _tags(tags: Any) -> tuple[Any, ...]:
-    if tags is None:
-        return ()
-    many = isinstance(tags, (list, tuple, set, frozenset))
-    return tuple(to_jsonable(list(tags) if many else [tags], "tags"))
-
-
-def _check_lengths(database: EnhancedDatabaseConnection, tags: Iterable[Any], project: str | None = None) -> None:
-    for place, tag in enumerate(tags):
-        short_text(dumps(tag), f"tags[{place}]", database.max_name)
-    if project is not None:
-        short_text(project, "project_name", database.max_name)

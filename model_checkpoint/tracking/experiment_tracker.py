@@ -282,11 +282,11 @@ class ExperimentTracker(ExperimentReader):
         self.database.experiments.update_config(self.experiment_id, plain_mapping(values, "config"))
         self.version += 1
 
-    def addplain_tags(self, tags: Any) -> None:
+    def add_tags(self, tags: Any) -> None:
         """Add tags, a list of JSON values or a single one; those that are there already stay where they are."""
         new = plain_tags(tags)
         check_lengths(self.database, new)
-        self.database.experiments.addplain_tags(self.experiment_id, new)
+        self.database.experiments.add_tags(self.experiment_id, new)
         self.version += 1
 
     def set_status(self, status: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,12 +45,13 @@ def sha256(path: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there, and let the disk come to rest."""
+    """Remove a file or a folder, if it is there, and let disk and memory come to rest."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
     os.sync()
+    touch_free_memory()
 
 
 def evict(path: Path) -> None:
@@ -69,3 +71,16 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+    touch_free_memory()
+
+
+def touch_free_memory() -> None:
+    """Use 4 GiB of free memory once, where there is as much.
+
+    The host of a virtual machine takes free memory back, and whoever is given it first pays for getting it again: a save
+    of 1.5 GB took 0.6 s or 2 s, whichever peer's turn it was. Afterwards all find the same.
+    """
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    populate = getattr(mmap, "MAP_POPULATE", 0x8000)  # named since Python 3.10, of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | populate
+    mmap.mmap(-1, min(4 << 30, max(available // 2, mmap.PAGESIZE)), flags=flags).close()

@@ -77,8 +77,8 @@ def release_memory() -> None:
 def touch_free_memory() -> None:
     """Use 4 GiB of free memory once, where there is as much.
 
-    The host of a virtual machine takes free memory back, and whoever is given it first pays for getting it again: a save
-    of 1.5 GB took 0.6 s or 2 s, whichever peer's turn it was. Afterwards all find the same.
+    The host of a virtual machine takes free memory back, and whoever is given it first pays for getting it again: a
+    save of 1.5 GB took 0.6 s or 2 s, whichever peer's turn it was. Afterwards all find the same.
     """
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     populate = getattr(mmap, "MAP_POPULATE", 0x8000)  # named since Python 3.10, of Linux

@@ -123,7 +123,7 @@ def reading(rounds: int, folder: Path) -> Section:
 
 
 def searching(rounds: int, folder: Path) -> Section:
-    """Return the milliseconds of a search over 10,000 experiments with 100 parameters and 50 metrics each, on SQLite."""
+    """Return the milliseconds of a search over 10,000 experiments, 100 parameters and 50 metrics each, on SQLite."""
     section = Section("10,000 experiments x 100 parameters x 50 metrics: two conditions, ordered, limit 50", unit="ms")
     database = EnhancedDatabaseConnection(f"sqlite:///{folder}/many.db")
     for done in many_experiments(database):

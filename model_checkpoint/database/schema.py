@@ -152,9 +152,9 @@ CREATE TABLE blocks (
     peaks {blob} NOT NULL, data {blob} NOT NULL, PRIMARY KEY (series_id, first_position)){end};
 CREATE TABLE writers (
     id {id} PRIMARY KEY, batch {big} NOT NULL, written_at {real} NOT NULL){end};
-CREATE INDEX series_by_last ON series (name, last);
-CREATE INDEX series_by_low ON series (name, low);
-CREATE INDEX series_by_high ON series (name, high);
+CREATE INDEX series_by_last ON series (name, attempt, last, experiment_id);
+CREATE INDEX series_by_low ON series (name, attempt, low, experiment_id);
+CREATE INDEX series_by_high ON series (name, attempt, high, experiment_id);
 CREATE TABLE attempts (
     experiment_id {id} NOT NULL REFERENCES experiments(id), number {big} NOT NULL, checkpoint_id {id} NOT NULL,
     points {big} NOT NULL, cut_at {real} NOT NULL, PRIMARY KEY (experiment_id, number)){clustered};

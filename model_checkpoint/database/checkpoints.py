@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import RECORD, CheckpointRecord, record_of_row
 from model_checkpoint.errors import DatabaseError
-from model_checkpoint.utils.jsonable import escape
+from model_checkpoint.utils.jsonable import LARGEST, escape
 from model_checkpoint.utils.names import MAX_SEQUENCE
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Scores = Mapping[str, float]  # criterion -> value
 Decide = Callable[[CheckpointRecord, Scores, Collection[str]], Scores]
 
-_LARGEST = 1.7976931348623157e308  # stands for infinity in numbers to search by: MySQL has none
 _BUMP = "UPDATE stores SET revision = revision + 1 WHERE id = COALESCE(:id, id)"
 _SCORE = "INSERT INTO scores (checkpoint_id, name, value) VALUES (:id, :name, :value)"
 _FILE = ("id", "name", "size", "sha256")
@@ -336,7 +335,7 @@ def scores_of(record: CheckpointRecord) -> list[dict[str, Any]]:
     rows = []
     for name, score in scores.items():
         if score is not None and score == score:
-            rows.append({"id": record.id, "name": name, "value": max(-_LARGEST, min(_LARGEST, score))})
+            rows.append({"id": record.id, "name": name, "value": max(-LARGEST, min(LARGEST, score))})
     return rows
 
 

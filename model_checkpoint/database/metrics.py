@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model_checkpoint.database.columns import MAX_POINTS, Columns, Point, decode
 from model_checkpoint.errors import DatabaseError
+from model_checkpoint.utils.jsonable import LARGEST
 
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
@@ -24,7 +25,6 @@ Logged = Point | tuple[str, Columns]  # what a writer collects: one point, or ma
 
 SYSTEM = "system/"  # begins the names of system metrics, which are shown to those only who ask for them
 _OPEN_BELOW = 512  # points; a block with fewer is read and written again when more come, one with more is closed
-_LARGEST = 1.7976931348623157e308  # stands for infinity in summaries: MySQL has none
 _NAMES_AT_ONCE = 500  # of a statement; SQLite takes 32,766 binds, some servers fewer
 
 
@@ -308,7 +308,7 @@ def _mixed(logged: Sequence[Logged], indices: Iterable[int], places: Sequence[in
 
 
 def _exact(value: float | None) -> float | None:
-    return value if value is None or abs(value) < _LARGEST else math.copysign(math.inf, value)
+    return value if value is None or abs(value) < LARGEST else math.copysign(math.inf, value)
 
 
 def _thinned(columns: Columns, places: Sequence[int], stretches: int) -> Columns:
@@ -325,4 +325,4 @@ def _thinned(columns: Columns, places: Sequence[int], stretches: int) -> Columns
 
 def _storable(value: float) -> float | None:
     """Return what stands for ``value`` in a summary: the largest float for infinity, None for NaN."""
-    return None if value != value else max(-_LARGEST, min(_LARGEST, value))
+    return None if value != value else max(-LARGEST, min(LARGEST, value))

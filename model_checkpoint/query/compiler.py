@@ -23,9 +23,8 @@ from model_checkpoint.query.language import (
     parse,
     parse_field,
 )
-from model_checkpoint.utils.jsonable import dumps
+from model_checkpoint.utils.jsonable import LARGEST, dumps
 
-_LARGEST = 1.7976931348623157e308  # stands for infinity in the database
 # Of a series: what users call it -> its column.
 _PARTS = {
     "last": "last",
@@ -175,7 +174,7 @@ class _Compiler:
         if isinstance(value, bool):
             value = int(value)
         if isinstance(value, float):
-            value = max(-_LARGEST, min(_LARGEST, value))
+            value = max(-LARGEST, min(LARGEST, value))
         name = f"q{len(self._made.binds)}"
         self._made.binds[name] = value
         return f":{name}"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import operator
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model_checkpoint.errors import UnsupportedValueError
 
+LARGEST = sys.float_info.max  # stands for infinity in numbers to search by: MySQL has none
 MAX_DEPTH = 100  # lists and dicts within one another
 _MAX_BITS = 14_000  # Python reads integers of up to 4,300 digits from text
 _ADVICE = "use a string, number, boolean, None, list or dict with string keys, or convert it with str()"

@@ -108,10 +108,11 @@ class MetricTable:
         """
         count = sum(map(len, batch.values()))
         with self._db.transaction(alone=False) as connection:
+            # Whoever else writes to this experiment waits here: also a retry, for a commit that the server still works on.
+            connection.execute("UPDATE experiments SET points = points WHERE id = :id", {"id": experiment_id})
             if writer and not _is_new(connection, *writer):
                 return
             bind = {"id": experiment_id, "n": count}
-            # Whoever else writes to this experiment waits here.
             if not connection.execute("UPDATE experiments SET points = points + :n WHERE id = :id", bind).rowcount:
                 raise DatabaseError(f"experiment {experiment_id} is not in {self._db!r}; its metrics cannot be stored")
             (end,) = connection.execute("SELECT points FROM experiments WHERE id = :id", bind).fetchone()

@@ -108,7 +108,7 @@ class MetricTable:
         """
         count = sum(map(len, batch.values()))
         with self._db.transaction(alone=False) as connection:
-            # Whoever else writes to this experiment waits here: also a retry, for a commit that the server still works on.
+            # Whoever else writes to this experiment waits here; a retry, for a commit that the server still works on.
             connection.execute("UPDATE experiments SET points = points WHERE id = :id", {"id": experiment_id})
             if writer and not _is_new(connection, *writer):
                 return

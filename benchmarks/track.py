@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from report import Figure, Section, machine, progress, shuffled, tell
-from track_peers import PEERS, Ours
+from track_peers import PEERS, measure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_checkpoint import ExperimentTracker, Queries
@@ -30,47 +30,29 @@ from tests.servers import new_database
 
 PACKAGES = ("model-checkpoint", "mlflow", "trackio", "aim", "wandb", "tensorboardX", "sqlalchemy", "psycopg", "pymysql")
 BULK = 2_000_000  # points of a bulk
-TEN = {f"metric_{i}": i / 10 for i in range(10)}
 
 
 def calls(rounds: int, folder: Path) -> Section:
     """Return microseconds a point when each is a call of its own, until all are stored."""
-    section = Section("one call a point, until stored", unit="us")
-    for i in range(rounds + 1):
-        for name, (make, count) in shuffled(list(PEERS.items()), i):
-            progress(f"calls: round {i} of {rounds}, {name}")
-            peer = make(_own_folder(folder))
-            start = time.perf_counter()
-            if isinstance(peer, Ours):
-                for step in range(count):
-                    peer.log_one("loss", 0.5 * step, step)
-            else:
-                for step in range(count):
-                    peer.log({"loss": 0.5 * step}, step)
-            peer.finish()
-            section.add(name, (time.perf_counter() - start) / count * 1e6)
-    return section
+    return _peers(Section("one call a point, until stored", unit="us"), "calls", rounds, folder)
 
 
 def ten_values(rounds: int, folder: Path) -> Section:
     """Return the microseconds that one call with ten values keeps the training thread; the median of its calls."""
     section = Section("a call of log_metrics with 10 values, in the thread that calls", unit="us")
+    return _peers(section, "ten", rounds, folder)
+
+
+def _peers(section: Section, what: str, rounds: int, folder: Path) -> Section:
     for i in range(rounds + 1):
-        for name, (make, count) in shuffled(list(PEERS.items()), i):
-            progress(f"ten values: round {i} of {rounds}, {name}")
-            peer = make(_own_folder(folder))
-            laps = []
-            for step in range(min(count, 2000)):
-                start = time.perf_counter()
-                peer.log(TEN, step)
-                laps.append(time.perf_counter() - start)
-            peer.finish()
-            section.add(name, float(np.median(laps)) * 1e6)
+        for name in shuffled(list(PEERS), i):
+            progress(f"{what}: round {i} of {rounds}, {name}")
+            section.add(name, measure(what, name, _own_folder(folder)))
     return section
 
 
 def _own_folder(folder: Path) -> Path:
-    """Return a new folder, which stays until the end: threads of some peers go on after their run."""
+    """Return a new folder, which stays until the end: processes that some peers leave behind go on after their run."""
     return Path(tempfile.mkdtemp(dir=folder))
 
 

@@ -1,4 +1,10 @@
-"""Trackers side by side: each logs one point a call into a folder of its own, until everything is stored."""
+"""Trackers side by side: each logs into a folder of its own, in a process of its own.
+
+    python benchmarks/track_peers.py calls|ten PEER FOLDER
+
+prints microseconds: of one point, each in a call of its own, until all are stored; or of one call with ten values, in
+the thread that calls. Threads that a tracker leaves behind would otherwise slow down whoever comes next.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,10 @@ import contextlib
 import io
 import logging
 import os
+import statistics
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +145,42 @@ PEERS: dict[str, tuple[Callable[[Path], Peer], int]] = {
     "W&B offline": (Wandb, 10_000),
     "MLflow": (MLflow, 500),
 }
+TEN = {f"metric_{i}": i / 10 for i in range(10)}
+
+
+def measure(what: str, name: str, folder: Path) -> float:
+    """Return what a process of its own measures of a peer, in microseconds."""
+    command = [sys.executable, __file__, what, name, str(folder)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(printed.split()[-1])
+
+
+def one_call_a_point(peer: Peer, count: int) -> float:
+    """Return microseconds a point, until all are stored."""
+    start = time.perf_counter()
+    if isinstance(peer, Ours):
+        for step in range(count):
+            peer.log_one("loss", 0.5 * step, step)
+    else:
+        for step in range(count):
+            peer.log({"loss": 0.5 * step}, step)
+    peer.finish()
+    return (time.perf_counter() - start) / count * 1e6
+
+
+def ten_values_a_call(peer: Peer, count: int) -> float:
+    """Return the microseconds that one call with ten values keeps its thread; the median of the calls."""
+    laps = []
+    for step in range(min(count, 2000)):
+        start = time.perf_counter()
+        peer.log(TEN, step)
+        laps.append(time.perf_counter() - start)
+    peer.finish()
+    return statistics.median(laps) * 1e6
+
+
+if __name__ == "__main__":
+    what, name, folder = sys.argv[1:]
+    make, count = PEERS[name]
+    found = {"calls": one_call_a_point, "ten": ten_values_a_call}[what](make(Path(folder)), count)
+    print(found)

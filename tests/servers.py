@@ -115,6 +115,7 @@ class Proxy:
         self.url = made.set(port=self._listener.getsockname()[1], host="127.0.0.1").render_as_string(False)
         self.is_down = False
         self.cut_at: re.Pattern[bytes] | None = None  # what the client says: it is passed on, and the answer is not
+        self.cut_after = 0  # how often it may be said before
         self.cuts = 0
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -156,9 +157,12 @@ class Proxy:
             while data := source.recv(1 << 16):
                 word = self.cut_at
                 if from_client and word and word.search(data):
-                    self.cut_at = None
-                    self.cuts += 1
-                    _shut(source)  # the client hears nothing more; the server hears this
+                    if self.cut_after:
+                        self.cut_after -= 1
+                    else:
+                        self.cut_at = None
+                        self.cuts += 1
+                        _shut(source)  # the client hears nothing more; the server hears this
                 target.sendall(data)
         # What the server was sent is worked off before it notices that nobody is there.
         with contextlib.suppress(OSError):

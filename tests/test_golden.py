@@ -415,57 +415,98 @@ def test_torch_states_load_from_the_directory_alone(rebuilt: Golden) -> None:
             check_torch(rebuilt.load(notes), notes)
 
 
-# --- schema version 3 -------------------------------------------------------------------------------------------
+# --- schema versions 3 and 4 ------------------------------------------------------------------------------------
+
+MIGRATIONS = ["create_tables", "blocks_and_scores", "drop_rows_of_points", "captures_projects_and_attempts"]
 
 
-@pytest.fixture
-def third(tmp_path: Path) -> Iterator[ExperimentTracker]:
-    """The run of a copy of the golden database of version 3."""
-    shutil.copy(GOLDEN / "database_v3.db", tmp_path / "runs.db")
-    with Queries(f"sqlite:///{tmp_path}/runs.db") as queries:
+def resumed(path: Path) -> ExperimentTracker:
+    with Queries(f"sqlite:///{path}") as queries:
         (found,) = queries.search_experiments("name == 'golden run'")
-    with ExperimentTracker.resume(found.id, f"sqlite:///{tmp_path}/runs.db") as run:
+    return ExperimentTracker.resume(found.id, f"sqlite:///{path}")
+
+
+@pytest.fixture(params=[3, 4])
+def later(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ExperimentTracker]:
+    """The run of a copy of a golden database."""
+    shutil.copy(GOLDEN / f"database_v{request.param}.db", tmp_path / "runs.db")
+    with resumed(tmp_path / "runs.db") as run:
         yield run
 
 
-def test_the_golden_database_of_version_3_is_of_version_3() -> None:
-    with sqlite3.connect(GOLDEN / "database_v3.db") as connection:  # the file itself, which nobody has opened
+@pytest.mark.parametrize("version", [3, 4])
+def test_the_golden_databases_are_of_their_versions(version: int) -> None:
+    path = GOLDEN / f"database_v{version}.db"
+    with sqlite3.connect(path) as connection:  # the file itself, which nobody has opened
         rows = connection.execute("SELECT number, name FROM migrations").fetchall()
     connection.close()
-    assert rows == [(1, "create_tables"), (2, "blocks_and_scores"), (3, "drop_rows_of_points")]
-    content = (GOLDEN / "database_v3.db").read_bytes()
+    assert rows == list(enumerate(MIGRATIONS[:version], 1))
+    content = path.read_bytes()
     for trace in (b"/tmp", b"/home", b"/root", b"/var", str(GOLDEN).encode()):
         assert trace not in content
 
 
-def test_metrics_of_version_3_come_back_to_the_bit(third: ExperimentTracker) -> None:
-    points = third.get_metrics("odd")
+def test_metrics_of_later_versions_come_back_to_the_bit(later: ExperimentTracker) -> None:
+    points = later.get_metrics("odd")
     values = [0.5, -0.0, math.nan, math.inf, -math.inf, 5e-324, 1 / 3]
     assert [point["metric_value"].hex() for point in points] == [value.hex() for value in values]
     assert [point["step"] for point in points] == [None, 0, -1, 2**63 - 1, -(2**63), 5, 4]
-    assert len(third.get_metrics("größe/♥")) == 7
-    long = third.metric_history("long", max_points=None)
+    assert len(later.get_metrics("größe/♥")) == 7
+    long = later.metric_history("long", max_points=None)
     assert list(long.values) == [*(i / 7 for i in range(10_000)), -1.0]
     assert long.steps == [*range(0, 20_000, 2), 20_000]
-    assert {-1.0, 9999 / 7} <= set(third.metric_history("long", 50).values)
-    found = third.metric_summaries()["long"]
+    assert {-1.0, 9999 / 7} <= set(later.metric_history("long", 50).values)
+    found = later.metric_summaries()["long"]
     assert (found["points"], found["min"], found["min_step"], found["max_step"]) == (10_001, -1.0, 20_000, 19_998)
 
 
-def test_the_rest_of_version_3_comes_back(third: ExperimentTracker) -> None:
-    record = third.record
+def test_the_rest_of_later_versions_comes_back(later: ExperimentTracker) -> None:
+    record = later.record
     assert (record.project, record.tags, record.metadata) == ("golden", ("a", 5), {"m": 1})
     assert record.config == {"lr": 1e-3, "layers": [64, 32], "net": {"act": "gelu", "deep": True}, "nothing": None}
-    (attempt,) = third.attempts
+    (attempt,) = later.attempts
     assert (attempt.number, attempt.points) == (1, 100)
-    assert list(third.metric_history("long", attempt=1).values) == [0.0] * 100
-    first, second = third.queries.search_checkpoints("experiment.name == 'golden run'", order_by="loss desc")
+    assert list(later.metric_history("long", attempt=1).values) == [0.0] * 100
+    first, second = later.queries.search_checkpoints("experiment.name == 'golden run'", order_by="loss desc")
     assert (first.metrics["acc"], first.epoch, second.pinned, second.best) == (math.inf, 1, True, {"loss"})
     assert math.isnan(first.metrics["f1"])
-    assert third.queries.search_checkpoints("metrics.acc > 1e300")[0].id == first.id
-    (tree,) = third.queries.tree(root=third.experiment_id)
+    assert later.queries.search_checkpoints("metrics.acc > 1e300")[0].id == first.id
+    (tree,) = later.queries.tree(root=later.experiment_id)
     assert [(child.name, child.status) for child in tree.children] == [("golden child", "failed")]
-    (fork,) = third.queries.search_experiments("name == 'golden fork'")
+    (fork,) = later.queries.search_experiments("name == 'golden fork'")
     assert fork.forked_from == first.id == attempt.checkpoint_id
-    third.log_metric("odd", 1.0)
-    assert len(third.get_metrics("odd")) == 8
+    later.log_metric("odd", 1.0)
+    assert len(later.get_metrics("odd")) == 8
+
+
+def test_projects_and_what_was_captured_come_back_from_version_4(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "database_v4.db", tmp_path / "runs.db")
+    with resumed(tmp_path / "runs.db") as run:
+        assert run.captured == {"captured_at": 1.5, "git": None}
+        found = run.queries.projects()["golden"]
+        assert (found.tags, found.metadata, found.totals.experiments) == (("p",), {"owner": "golden"}, 3)
+
+
+def test_what_version_3_captured_leaves_the_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    shutil.copy(GOLDEN / "database_v3.db", path)
+    theirs = {"m": 1, "captured": {"captured_at": 2.5, "host": {"$$name": "a"}}}
+    mine = {"captured": "on tape", "captured_at": 7}
+    with sqlite3.connect(path) as connection:
+        for name, metadata in (("golden run", theirs), ("golden fork", mine)):
+            connection.execute("UPDATE experiments SET metadata = ? WHERE name = ?", (json.dumps(metadata), name))
+    connection.close()
+    with resumed(path) as run:
+        assert (run.record.metadata, run.captured) == ({"m": 1}, {"captured_at": 2.5, "host": {"$name": "a"}})
+        (fork,) = run.queries.search_experiments("name == 'golden fork'")
+        assert fork.metadata == mine
+        assert run.database.experiments.captured(fork.id) is None
+
+
+def test_a_checkpoint_of_version_3_brings_the_metrics_of_its_attempt_back(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "database_v3.db", tmp_path / "runs.db")
+    with resumed(tmp_path / "runs.db") as run:
+        (second,) = run.queries.search_checkpoints("epoch == 2")
+    with ExperimentTracker.resume(run.experiment_id, f"sqlite:///{tmp_path}/runs.db", at_checkpoint=second.id) as run:
+        assert list(run.metric_history("long", None).values) == [*(i / 7 for i in range(10_000)), *[0.0] * 100]
+        assert list(run.metric_history("long", attempt=2).values) == [-1.0]

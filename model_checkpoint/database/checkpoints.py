@@ -83,8 +83,8 @@ class CheckpointTable:
                 _insert(connection, record, details_of(record), store_id, sequence)
             connection.execute(
                 "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest, "
-                "metric_position = COALESCE(:position, (SELECT points FROM experiments WHERE id = :experiment)) "
-                "WHERE id = :id",
+                "metric_position = COALESCE(:position, (SELECT points FROM experiments WHERE id = :experiment)), "
+                "attempts = (SELECT COUNT(*) FROM attempts WHERE experiment_id = :experiment) WHERE id = :id",
                 bind,
             )
             for table in ("files", "scores"):  # of an earlier try
@@ -271,14 +271,14 @@ class CheckpointTable:
         )
         return (os.path.join(rows[0][0], rows[0][1], checkpoint_id), rows[0][2]) if rows else None
 
-    def position(self, experiment_id: str, checkpoint_id: str) -> int | None:
-        """Return how many metric points an experiment had at a committed checkpoint of its; None: there is no such."""
+    def position(self, experiment_id: str, checkpoint_id: str) -> tuple[int, int] | None:
+        """Return the metric points and earlier attempts that an experiment had at its checkpoint; None: it has none."""
         rows = self._db.query(
-            "SELECT metric_position FROM checkpoints WHERE id = :id AND experiment_id = :experiment "
+            "SELECT metric_position, attempts FROM checkpoints WHERE id = :id AND experiment_id = :experiment "
             f"AND status IN {LIVE}",
             {"id": checkpoint_id, "experiment": experiment_id},
         )
-        return rows[0][0] if rows else None
+        return tuple(rows[0]) if rows else None
 
     def ids(self, experiment_id: str | None) -> list[str]:
         """Return the ids of an experiment's checkpoints in every store (of all experiments for None), oldest first."""

@@ -25,8 +25,8 @@ class ExperimentTable:
     def __init__(self, db: EnhancedDatabaseConnection) -> None:
         self._db = db
 
-    def create(self, experiment: ExperimentRecord) -> None:
-        """Store a new experiment, durably; one that exists already stays as it is."""
+    def create(self, experiment: ExperimentRecord, captured: Mapping[str, Any] | None = None) -> None:
+        """Store a new experiment and what was captured of it, durably; one that exists already stays as it is."""
         with self._db.transaction(durable=True) as connection:
             known = "SELECT id FROM experiments WHERE id = :id"
             if connection.execute(known, {"id": experiment.id}).fetchone():
@@ -48,6 +48,8 @@ class ExperimentTable:
                     "metadata": dumps(experiment.metadata),
                 },
             )
+            if captured is not None:
+                self.set_captured(experiment.id, captured)
             self.add_tags(experiment.id, experiment.tags)
             self._set_parameters(experiment.id, experiment.config)
 
@@ -130,6 +132,41 @@ class ExperimentTable:
             connection.execute(
                 "UPDATE experiments SET metadata = :metadata WHERE id = :id",
                 {"id": experiment_id, "metadata": dumps({**loads(rows[0][0]), **values})},
+            )
+
+    def captured(self, experiment_id: str) -> dict[str, Any] | None:
+        """Return what was captured of the code and the machine, or None."""
+        rows = self._db.query("SELECT captured FROM captures WHERE experiment_id = :id", {"id": experiment_id})
+        return loads(rows[0][0]) if rows else None
+
+    def set_captured(self, experiment_id: str, captured: Mapping[str, Any]) -> None:
+        """Store what was captured, in the place of what there is."""
+        with self._db.transaction() as connection:
+            connection.execute(
+                "INSERT INTO captures (experiment_id, captured) VALUES (:id, :captured) "
+                "ON CONFLICT (experiment_id) DO UPDATE SET captured = :captured",
+                {"id": experiment_id, "captured": dumps(captured)},
+            )
+
+    def projects(self) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+        """Return name -> tags and metadata of the projects that were described."""
+        rows = self._db.query("SELECT name, tags, metadata FROM projects")
+        return {name: (loads(tags), loads(metadata)) for name, tags, metadata in rows}
+
+    def describe_project(self, name: str, tags: Iterable[Any], metadata: Mapping[str, Any]) -> None:
+        """Add tags to a project, and merge ``metadata`` into its own, durably."""
+        with self._db.transaction(durable=True) as connection:
+            # Two that describe it at once wait for each other here.
+            connection.execute(
+                "INSERT INTO projects (name, tags, metadata) VALUES (:name, '[]', '{}') "
+                "ON CONFLICT (name) DO UPDATE SET name = :name",
+                {"name": name},
+            )
+            known, old = self.projects()[name]
+            new = [tag for tag in tags if tag not in known]
+            connection.execute(
+                "UPDATE projects SET tags = :tags, metadata = :metadata WHERE name = :name",
+                {"name": name, "tags": dumps([*known, *new]), "metadata": dumps({**old, **metadata})},
             )
 
     def _set_parameters(self, experiment_id: str, config: Mapping[str, Any]) -> None:

@@ -117,10 +117,10 @@ class MetricTable:
                 raise DatabaseError(f"experiment {experiment_id} is not in {self._db!r}; its metrics cannot be stored")
             (end,) = connection.execute("SELECT points FROM experiments WHERE id = :id", bind).fetchone()
             placed = {name: columns.moved(end - count) for name, columns in batch.items()}
-            add_points(connection, self._series(connection, experiment_id, list(batch)), placed)
+            add_points(connection, self.series(connection, experiment_id, list(batch)), placed)
 
-    def _series(self, connection: Executes, experiment_id: str, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-        """Return name -> (id, open block, Summary) of series, made where they are missing."""
+    def series(self, connection: Executes, experiment_id: str, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        """Return name -> (id, open block, the fields of a Summary) of series, made where they are missing."""
         found = {row[0]: row[1:] for row in self._rows(connection, experiment_id, names)}
         missing = [name for name in names if name not in found]
         if missing:

@@ -16,6 +16,7 @@ from model_checkpoint.database.columns import Columns
 from model_checkpoint.database.metrics import Summary, add_points
 from model_checkpoint.database.models import CheckpointRecord, decode_details
 from model_checkpoint.errors import FormatVersionError
+from model_checkpoint.utils.jsonable import dumps, loads
 
 
 class Executes(Protocol):
@@ -138,6 +139,34 @@ def drop_rows_of_points(connection: Executes, types: Mapping[str, str]) -> None:
     connection.execute("DROP TABLE IF EXISTS metric_points")
     connection.execute("DROP TABLE IF EXISTS metric_series")
 
+
+@migration
+def captures_projects_and_attempts(connection: Executes, types: Mapping[str, str]) -> None:
+    """What is captured leaves the metadata; projects are described; checkpoints know which attempts came before."""
+    for statement in _CAPTURES.format_map(types).split(";"):
+        connection.execute(statement)
+    rows = connection.execute("SELECT id, metadata FROM experiments WHERE metadata LIKE '%captured_at%'").fetchall()
+    for experiment_id, text in rows:
+        metadata = loads(text)
+        captured = metadata.get("captured")
+        if isinstance(captured, dict) and "captured_at" in captured:  # not what a user called so
+            del metadata["captured"]
+            bind = {"id": experiment_id, "captured": dumps(captured), "metadata": dumps(metadata)}
+            connection.execute("INSERT INTO captures (experiment_id, captured) VALUES (:id, :captured)", bind)
+            connection.execute("UPDATE experiments SET metadata = :metadata WHERE id = :id", bind)
+    connection.execute(
+        "UPDATE checkpoints SET attempts = (SELECT COUNT(*) FROM attempts "
+        "WHERE attempts.experiment_id = checkpoints.experiment_id AND attempts.cut_at <= checkpoints.created_at)"
+    )
+
+
+_CAPTURES = """
+CREATE TABLE captures (
+    experiment_id {id} PRIMARY KEY REFERENCES experiments(id), captured {text} NOT NULL){end};
+CREATE TABLE projects (
+    name {name} PRIMARY KEY, tags {text} NOT NULL, metadata {text} NOT NULL){end};
+ALTER TABLE checkpoints ADD COLUMN attempts {big} NOT NULL DEFAULT 0
+"""
 
 _BLOCKS = """
 ALTER TABLE experiments ADD COLUMN forked_from {id};

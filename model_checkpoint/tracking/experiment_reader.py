@@ -37,6 +37,16 @@ class ExperimentReader:
             raise ExperimentNotFoundError(f"experiment {self.experiment_id} is no longer in {self.database!r}")
         return found
 
+    @property
+    def captured(self) -> dict[str, Any] | None:
+        """What the run needs to be repeated, as far as it was captured; None where ``capture`` forbade it.
+
+        ``captured_at`` (Unix seconds), ``git``, ``command``, ``packages``, ``host`` and ``environment``, see
+        ``Capture``; a part that could not be found out is None. ``resumed`` is a list of the command and the host of
+        each time when the run was gone on with.
+        """
+        return self.database.experiments.captured(self.experiment_id)
+
     def get_metrics(self, metric_name: str | None = None) -> list[dict[str, Any]]:
         """Return what was logged, by any process, in the order logged.
 

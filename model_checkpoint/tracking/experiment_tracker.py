@@ -25,7 +25,7 @@ from model_checkpoint.tracking.capture import Capture, at_once, in_force
 from model_checkpoint.tracking.experiment_reader import ExperimentReader
 from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
-from model_checkpoint.tracking.recording import KEY, Recording
+from model_checkpoint.tracking.recording import Recording
 from model_checkpoint.utils.jsonable import short_text, to_number, to_step
 
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
@@ -47,8 +47,8 @@ class ExperimentTracker(ExperimentReader):
         database_url: see ``EnhancedDatabaseConnection``.
         parent: the experiment that it belongs under: a tracker or an id.
         metadata: name -> any JSON value.
-        capture: what is noted of the code and the machine; None is everything. It is in the metadata, as ``captured``
-            unless that is given, and complete within seconds. ``child`` and ``fork_from`` note nothing.
+        capture: what is noted of the code and the machine, see ``captured``; None is everything. It is complete within
+            seconds. ``child`` and ``fork_from`` note nothing.
 
     Attributes:
         experiment_id: UUID text.
@@ -75,18 +75,22 @@ class ExperimentTracker(ExperimentReader):
         wanted = in_force(capture)
         experiment = described(experiment_name, project_name, tags, config, metadata)
         parent_id = parent.experiment_id if isinstance(parent, ExperimentTracker) else parent
-        found = at_once(wanted) if wanted.stores and KEY not in experiment.metadata else None
-        stored = experiment.metadata if found is None else {**experiment.metadata, KEY: found}
-        experiment = replace(experiment, parent_id=parent_id, metadata=stored)
-        self._begin(EnhancedDatabaseConnection(database_url), experiment)
+        found = at_once(wanted) if wanted.stores else None
+        self._begin(EnhancedDatabaseConnection(database_url), replace(experiment, parent_id=parent_id), found)
         self._recording.begin(wanted, found, self._log_system)
 
-    def _begin(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord, owned: bool = True) -> None:
+    def _begin(
+        self,
+        database: EnhancedDatabaseConnection,
+        experiment: ExperimentRecord,
+        captured: Mapping[str, Any] | None = None,
+        owned: bool = True,
+    ) -> None:
         try:
             check_lengths(database, experiment.tags, experiment.project)
             if experiment.parent_id is not None and database.experiments.get(experiment.parent_id) is None:
                 raise ExperimentNotFoundError(f"parent experiment {experiment.parent_id!r} is not in {database!r}")
-            database.experiments.create(experiment)
+            database.experiments.create(experiment, captured)
         except BaseException:
             if owned:
                 database.close()
@@ -156,7 +160,8 @@ class ExperimentTracker(ExperimentReader):
             experiment_id: which.
             database_url: see ``EnhancedDatabaseConnection``.
             at_checkpoint: the checkpoint that training goes on from. Metrics that were logged after it was saved become
-                an earlier attempt (see ``attempts``), so that no step is there twice.
+                an earlier attempt (see ``attempts``), so that no step is there twice; if it is itself from an earlier
+                attempt, the metrics up to it come back.
             capture: as for the constructor. The command and the host are added to what was captured at the start, as
                 an entry of its list ``resumed``; where nothing was, nothing is.
 
@@ -185,10 +190,10 @@ class ExperimentTracker(ExperimentReader):
         return tracker
 
     def _rewind(self, checkpoint_id: str) -> None:
-        position = self.database.checkpoints.position(self.experiment_id, checkpoint_id)
-        if position is None:
+        found = self.database.checkpoints.position(self.experiment_id, checkpoint_id)
+        if found is None:
             raise CheckpointNotFoundError(checkpoint_id, f"experiment {self.experiment_id} has none of this id")
-        self.database.attempts.cut(self.experiment_id, checkpoint_id, position)
+        self.database.attempts.go_back(self.experiment_id, checkpoint_id, *found)
 
     def _open(self, database: EnhancedDatabaseConnection, experiment: ExperimentRecord, owned: bool = True) -> None:
         self.experiment_id = experiment.id
@@ -288,6 +293,26 @@ class ExperimentTracker(ExperimentReader):
         check_lengths(self.database, new)
         self.database.experiments.add_tags(self.experiment_id, new)
         self.version += 1
+
+    def update_metadata(self, values: Mapping[str, Any]) -> None:
+        """Merge ``values`` into the metadata; names that exist are replaced.
+
+        Raises:
+            UnsupportedValueError: a part that cannot be stored; the text names its path.
+        """
+        self.database.experiments.update_metadata(self.experiment_id, plain_mapping(values, "metadata"))
+
+    def describe_project(self, tags: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
+        """Add tags to the project of this experiment and merge into its metadata; see ``Queries.projects``.
+
+        Raises:
+            ConfigurationError: the experiment is in no project.
+            UnsupportedValueError: a part that cannot be stored; the text names its path.
+        """
+        if self.project_name is None:
+            raise ConfigurationError(f"{self!r} is in no project; give it a project_name when it is made")
+        new, merged = plain_tags(tags), plain_mapping(metadata, "metadata")
+        self.database.experiments.describe_project(self.project_name, new, merged)
 
     def set_status(self, status: str) -> None:
         """Set the status: ``running``, ``completed``, ``failed`` or ``interrupted``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,22 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values())))
+
+
+@dataclass(frozen=True)
+class Project:
+    """A group of experiments.
+
+    Attributes:
+        name: None stands for the experiments that are in no project.
+        tags, metadata: what ``ExperimentTracker.describe_project`` has given it.
+        totals: of its experiments.
+    """
+
+    name: str | None
+    tags: tuple[Any, ...]
+    metadata: Mapping[str, Any]
+    totals: Totals
 
 
 @dataclass

@@ -12,7 +12,7 @@ from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
 from model_checkpoint.query import Compiled, compile_columns, compile_filter, compile_order
 from model_checkpoint.query.groups import Group, differences, group_of
-from model_checkpoint.tracking.hierarchy import ExperimentNode, Totals, build_tree
+from model_checkpoint.tracking.hierarchy import ExperimentNode, Project, Totals, build_tree
 from model_checkpoint.utils.jsonable import flatten
 
 
@@ -131,11 +131,16 @@ class Queries:
         tops = [node for node in nodes.values() if node.parent_id not in nodes]
         return [node for node in tops if project is None or node.project == project]
 
-    def projects(self) -> dict[str | None, Totals]:
-        """Return project -> totals of its experiments; None is the project of those that have none."""
-        found: dict[str | None, Totals] = {}
+    def projects(self) -> dict[str | None, Project]:
+        """Return name -> project, of all that have an experiment."""
+        totals: dict[str | None, Totals] = {}
         for node in self.tree():
-            found[node.project] = found.get(node.project, Totals()) + node.totals
+            totals[node.project] = totals.get(node.project, Totals()) + node.totals
+        described = self.database.experiments.projects()
+        found = {}
+        for name, total in totals.items():
+            tags, metadata = ([], {}) if name is None else described.get(name, ([], {}))
+            found[name] = Project(name, tuple(tags), metadata, total)
         return found
 
     def compare(self, experiment_ids: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:

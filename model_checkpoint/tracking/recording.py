@@ -14,7 +14,6 @@ from model_checkpoint.tracking.gpus import find_nvml
 from model_checkpoint.tracking.system_metrics import Log, SystemSampler
 
 log = logging.getLogger(__name__)
-KEY = "captured"  # of an experiment's metadata
 _LONGEST_WAIT = 3.0  # seconds for a capture at the end of its run
 
 
@@ -37,7 +36,7 @@ class Recording:
 
         Args:
             wanted: what of it.
-            found: what is known already; None leaves the experiment's metadata alone.
+            found: what is known already; None: nothing is to be found out.
             log_: see ``SystemSampler``.
             resumed: whether what is found is an entry of the list ``resumed`` of the capture that there is.
         """
@@ -82,11 +81,9 @@ def _capture(
     found = {**found, **later(wanted, cwd)}
     try:
         with database.transaction(durable=True):
-            record = database.experiments.get(experiment_id)
-            known = record.metadata.get(KEY) if record else None
-            if not isinstance(known, dict) or "captured_at" not in known:
-                return  # nothing was captured when it started, or the user's own value is there
-            change = {"resumed": [*known.get("resumed", []), found]} if resumed else found
-            database.experiments.update_metadata(experiment_id, {KEY: {**known, **change}})
+            known = database.experiments.captured(experiment_id)
+            if known is not None:  # something was captured when it started
+                change = {"resumed": [*known.get("resumed", []), found]} if resumed else found
+                database.experiments.set_captured(experiment_id, {**known, **change})
     except DatabaseError as error:
         log.debug("the capture of experiment %s could not be stored: %s", experiment_id, error)

@@ -1,11 +1,11 @@
-"""Make the golden database of schema version 3, as that version wrote it.
+"""Make the golden database of schema version 4, as that version wrote it.
 
-Run by hand, from the root of the repository, and only while version 3 has not been released:
+Run by hand, from the root of the repository, and only while version 4 has not been released:
 
     python tests/golden/make_golden_database.py
 
-A released schema never changes. When a version 4 comes, the file stays as it is and this script makes that of version
-4 beside it; ``tests/test_golden.py`` opens them all for ever.
+A released schema never changes. When a version 5 comes, the file stays as it is and this script makes that of version
+5 beside it, as it has done with that of version 3; ``tests/test_golden.py`` opens them all for ever.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def make(path: Path) -> None:
         run.close()
         run = ExperimentTracker.resume(run.experiment_id, url, at_checkpoint=saved)
         run.log_metric("long", -1.0, 20_000)
+        run.describe_project(tags=["p"], metadata={"owner": "golden"})
+        run.database.experiments.set_captured(run.experiment_id, {"captured_at": 1.5, "git": None})
         run.child("golden child", tags=["c"]).close("failed")
         run.fork_from(saved, "golden fork").close()
         run.close()
@@ -58,5 +60,5 @@ def make(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    (HERE / "database_v3.db").unlink(missing_ok=True)
-    make(HERE / "database_v3.db")
+    (HERE / "database_v4.db").unlink(missing_ok=True)
+    make(HERE / "database_v4.db")

@@ -76,10 +76,9 @@ def of_git() -> Any:
 
 def stored(url: str, experiment_id: str) -> Any:
     database = EnhancedDatabaseConnection(url)
-    record = database.experiments.get(experiment_id)
+    found = database.experiments.captured(experiment_id)
     database.close()
-    assert record is not None
-    return record.metadata
+    return found
 
 
 def threads() -> set[threading.Thread]:
@@ -193,7 +192,7 @@ def test_without_git_the_rest_is_captured(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", str(tmp_path))
     with ExperimentTracker("n", database_url=url) as run:
         pass
-    found = stored(url, run.experiment_id)["captured"]
+    found = stored(url, run.experiment_id)
     assert found["git"] is None
     assert found["packages"]["versions"]["pytest"] == pytest.__version__
     assert found["host"]["pid"] == os.getpid()
@@ -208,7 +207,7 @@ def test_nobody_waits_for_a_git_that_hangs(tmp_path: Path, monkeypatch: pytest.M
     with ExperimentTracker("n", database_url=url) as run:
         pass
     assert time.monotonic() - begun < 10
-    found = stored(url, run.experiment_id)["captured"]
+    found = stored(url, run.experiment_id)
     assert found["git"] is None
     assert found["packages"] is not None
 
@@ -222,7 +221,7 @@ def test_secrets_are_never_stored(repository: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with ExperimentTracker("n", database_url=url) as run:
         pass
-    found = stored(url, run.experiment_id)["captured"]
+    found = stored(url, run.experiment_id)
     assert found["git"]["remote"] == "https://host/x.git"
     assert found["command"]["argv"][1:4] == ["--password", "***", "--token=***"]
     assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.glob("e.db*"))
@@ -250,7 +249,7 @@ def test_the_command_is_that_of_the_moment_when_the_run_began(
     with ExperimentTracker("n", database_url=url) as run:
         os.chdir(tmp_path)
         sys.argv = ["other"]
-    found = stored(url, run.experiment_id)["captured"]
+    found = stored(url, run.experiment_id)
     assert found["command"]["argv"] == ["train.py", "--lr", "0.1"]
     assert found["command"]["cwd"] == str(repository)
     assert found["command"]["executable"] == sys.executable
@@ -283,7 +282,7 @@ def test_each_part_can_be_turned_off(part: str, url: str) -> None:
     with ExperimentTracker("n", database_url=url, capture=Capture(**{part: False})) as run:
         pass
     parts = {"git", "command", "packages", "host"} - {part}
-    assert stored(url, run.experiment_id)["captured"].keys() == {"captured_at", *parts}
+    assert stored(url, run.experiment_id).keys() == {"captured_at", *parts}
 
 
 @pytest.mark.parametrize("by", ["variable", "argument"])
@@ -292,19 +291,20 @@ def test_everything_can_be_turned_off(by: str, url: str, monkeypatch: pytest.Mon
     if by == "variable":
         monkeypatch.setenv(SWITCH, "OFF")
     for capture in (Capture.none(),) if by == "argument" else (None, Capture(interval=0.001)):
-        with ExperimentTracker("n", database_url=url, metadata={"a": 1}, capture=capture) as run:
+        with ExperimentTracker("n", database_url=url, capture=capture) as run:
             assert threads() == before
         with ExperimentTracker.resume(run.experiment_id, url, capture=capture):
             assert threads() == before
-        assert stored(url, run.experiment_id) == {"a": 1}
+        assert stored(url, run.experiment_id) is None
 
 
-@pytest.mark.parametrize("mine", ["mine", {"on": "tape"}])
-def test_what_the_user_calls_captured_is_left_alone(mine: Any, url: str) -> None:
-    with ExperimentTracker("n", database_url=url, metadata={"captured": mine, "a": 1}) as run:
+def test_what_is_captured_is_no_part_of_the_users_metadata(url: str) -> None:
+    with ExperimentTracker("n", database_url=url, metadata={"captured": "on tape"}) as run:
         pass
-    ExperimentTracker.resume(run.experiment_id, url).close()
-    assert stored(url, run.experiment_id) == {"captured": mine, "a": 1}
+    with ExperimentTracker.resume(run.experiment_id, url) as run:
+        assert run.record.metadata == {"captured": "on tape"}
+        assert run.captured is not None
+        assert run.captured["packages"]["versions"]["pytest"] == pytest.__version__
 
 
 @pytest.mark.parametrize("wrong", [{"environment": "HOME"}, {"environment": (1,)}, {"interval": 0}, {"interval": "1"}])
@@ -320,14 +320,14 @@ def test_an_argument_that_is_no_capture_is_refused_before_anything_is_stored(url
 
 
 def test_resuming_adds_the_command_and_the_host(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ExperimentTracker("n", database_url=url, metadata={"a": 1}) as run:
+    with ExperimentTracker("n", database_url=url) as run:
         pass
     first = stored(url, run.experiment_id)
     for name in ("again", "once-more"):
         monkeypatch.setattr(sys, "argv", [name])
         ExperimentTracker.resume(run.experiment_id, url).close()
     now = stored(url, run.experiment_id)
-    resumed = now["captured"].pop("resumed")
+    resumed = now.pop("resumed")
     assert now == first
     assert [each["command"]["argv"] for each in resumed] == [["again"], ["once-more"]]
     assert all(each.keys() == {"captured_at", "command", "host"} for each in resumed)
@@ -337,7 +337,7 @@ def test_a_run_that_captured_nothing_is_resumed_without_a_note(url: str) -> None
     with ExperimentTracker("n", database_url=url, capture=Capture.none()) as run:
         pass
     ExperimentTracker.resume(run.experiment_id, url).close()
-    assert stored(url, run.experiment_id) == {}
+    assert stored(url, run.experiment_id) is None
 
 
 def test_children_and_forks_capture_nothing(url: str, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_children_and_forks_capture_nothing(url: str, tmp_path: Path) -> None:
         saved = manager.save_checkpoint({"n": 1})
         before = threads()
         with run.child("child") as child, run.fork_from(saved, "fork") as fork:
-            assert child.record.metadata == fork.record.metadata == {}
+            assert child.captured is fork.captured is None
             assert threads() <= before
         manager.close()
 
@@ -357,7 +357,7 @@ def test_a_run_that_ends_at_once_without_being_closed_keeps_its_capture(url: str
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
-    assert stored(url, done.stdout.strip())["captured"].keys() >= {"git", "packages", "host"}
+    assert stored(url, done.stdout.strip()).keys() >= {"git", "packages", "host"}
     assert done.stderr == ""
 
 
@@ -393,7 +393,7 @@ def test_a_fork_in_the_middle_of_a_capture(url: str, monkeypatch: pytest.MonkeyP
 
         assert in_child(act) == 0
         release.set()
-    assert stored(url, run.experiment_id)["captured"].keys() >= {"git", "packages", "host"}
+    assert stored(url, run.experiment_id).keys() >= {"git", "packages", "host"}
     with ExperimentTracker.resume(run.experiment_id, url, capture=Capture.none()) as again:
         assert len(again.get_metrics("of_child")) == 1
 
@@ -409,7 +409,7 @@ def test_a_capture_that_takes_too_long_does_not_hold_up_the_end(url: str, monkey
     assert thread.is_alive()
     release.set()
     thread.join(30)  # the database is closed by now: an unhandled error would fail the test
-    assert stored(url, run.experiment_id)["captured"].keys() == {"captured_at", "command"}
+    assert stored(url, run.experiment_id).keys() == {"captured_at", "command"}
 
 
 @pytest.mark.parametrize("psutil", [True, False])
@@ -531,7 +531,7 @@ def test_system_metrics_alone_can_be_turned_off(url: str) -> None:
     before = threads()
     with ExperimentTracker("n", database_url=url, capture=QUIET) as run:
         assert {each.name for each in threads() - before} <= {"model-checkpoint-capture"}
-    assert stored(url, run.experiment_id)["captured"].keys() == {"captured_at", "command", "host"}
+    assert stored(url, run.experiment_id).keys() == {"captured_at", "command", "host"}
 
 
 def test_a_tracker_that_is_closed_while_it_samples_leaves_no_thread(url: str, sampled: threading.Event) -> None:

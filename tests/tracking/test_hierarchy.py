@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
-from model_checkpoint.errors import CheckpointNotFoundError, DatabaseError, ExperimentNotFoundError
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    DatabaseError,
+    ExperimentNotFoundError,
+    UnsupportedValueError,
+)
 from tests.servers import KINDS, new_database
 
 
@@ -47,7 +54,7 @@ def test_a_tree_has_children_below_their_parents_and_totals_of_all_below(url: st
     assert [node.name for node in whole] == ["sweep", "alone"]
     assert part.totals.experiments == 2
     assert part.lines()[1].startswith("  restart (completed")
-    assert {name: totals.experiments for name, totals in projects.items()} == {"vision": 5, "text": 1}
+    assert {name: project.totals.experiments for name, project in projects.items()} == {"vision": 5, "text": 1}
     assert [(each.tags, each.config, each.metadata, each.project) for each in found] == [
         ((number,), {"lr": number}, {"seed": number}, "vision") for number in range(3)
     ]
@@ -78,3 +85,37 @@ def test_a_fork_notes_the_checkpoint_that_it_goes_on_from(url: str, tmp_path: Pa
         assert found.name == "tuned"
         with pytest.raises(CheckpointNotFoundError, match="nothing"):
             base.fork_from("nothing", "tuned")
+
+
+def test_each_level_has_tags_and_metadata(url: str) -> None:
+    with ExperimentTracker("first", "vision", database_url=url) as first:
+        first.describe_project(tags=["paper", 1], metadata={"owner": "a", "budget": {"hours": 10}})
+        first.update_metadata({"seed": 7})
+        with ExperimentTracker("second", "vision", database_url=url) as second:
+            second.describe_project(tags=["later", "paper"], metadata={"owner": "b"})
+            assert second.record.metadata == {}
+        found = first.queries.projects()["vision"]
+        assert (found.name, found.tags) == ("vision", ("paper", 1, "later"))
+        assert found.metadata == {"owner": "b", "budget": {"hours": 10}}
+        assert first.record.metadata == {"seed": 7}
+        with pytest.raises(UnsupportedValueError, match=r"metadata\.odd"):
+            first.describe_project(tags=["lost"], metadata={"odd": object()})
+        assert first.queries.projects()["vision"] == found
+
+
+def test_a_run_in_no_project_cannot_describe_it() -> None:
+    with ExperimentTracker("alone", database_url="sqlite:///:memory:") as run:
+        with pytest.raises(ConfigurationError, match="project_name"):
+            run.describe_project(tags=["a"])
+        found = run.queries.projects()[None]
+        assert (found.name, found.tags, found.metadata, found.totals.experiments) == (None, (), {}, 1)
+
+
+def test_many_describe_one_project_at_once_and_nothing_is_lost(url: str) -> None:
+    runs = [ExperimentTracker(f"run-{number}", "shared", database_url=url) for number in range(4)]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(lambda run: run.describe_project([run.experiment_name], {run.experiment_name: 1}), runs))
+    found = runs[0].queries.projects()["shared"]
+    assert set(found.tags) == set(found.metadata) == {run.experiment_name for run in runs}
+    for run in runs:
+        run.close()

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from model_checkpoint import ExperimentTracker
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.errors import DatabaseError
 from tests.servers import KINDS, Proxy, new_database
 
 ROOT = Path(__file__).parents[2]
+COMMIT = re.compile(rb"COMMIT(?!TED)")
 DEADLINE = 60.0  # seconds that anything may take before it counts as hung
 
 
@@ -64,7 +66,7 @@ def test_a_connection_that_breaks_at_a_commit_doubles_nothing(proxy: Proxy) -> N
     for i in range(30):
         tracker.log_metric("loss", float(i), step=i)
         if i % 3 == 0:
-            proxy.cut_at = re.compile(rb"COMMIT(?!TED)")
+            proxy.cut_at = COMMIT
         tracker.flush()
     assert proxy.cuts == 10
     assert values(tracker) == [float(i) for i in range(30)]
@@ -72,9 +74,39 @@ def test_a_connection_that_breaks_at_a_commit_doubles_nothing(proxy: Proxy) -> N
     tracker.close()
 
 
+def test_a_save_whose_commit_has_no_answer_is_whole_or_not_there_and_the_next_ones_are_sound(
+    proxy: Proxy, tmp_path: Path
+) -> None:
+    tracker = ExperimentTracker("run", database_url=proxy.url)
+    acknowledged, refused = {}, 0
+    with EnhancedCheckpointManager(tracker, tmp_path / "c", max_checkpoints=None) as manager:
+        for step in range(24):
+            if step % 2:
+                after = step // 2 % 3  # commits of this save that have an answer
+                proxy.cut_at, proxy.cut_after = COMMIT, after
+            try:
+                acknowledged[manager.save_checkpoint({"w": [float(step)]}, step=step)] = step
+            except DatabaseError:
+                refused += 1
+            proxy.cut_at = None
+        assert proxy.cuts >= 8
+        assert refused
+    with EnhancedCheckpointManager(tracker, tmp_path / "c", max_checkpoints=None) as manager:
+        rows = {row["checkpoint_id"]: row for row in manager.list_checkpoints()}
+        assert acknowledged.keys() <= rows.keys()
+        assert {row["status"] for row in rows.values()} == {"committed"}
+        assert len({row["step"] for row in rows.values()}) == len(rows)
+        for checkpoint_id, row in rows.items():
+            assert manager.load_checkpoint(checkpoint_id)["model_state_dict"] == {"w": [float(row["step"])]}
+        assert {path.name for path in (tmp_path / "c" / tracker.experiment_id).iterdir()} == rows.keys()
+        assert list((tmp_path / "c" / ".engine" / "staging").iterdir()) == []
+    tracker.close()
+
+
 LOG_AND_WAIT = """
 import os, sys
-from model_checkpoint import ExperimentTracker
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.errors import DatabaseError
 tracker = ExperimentTracker.resume(sys.argv[2], sys.argv[1])
 with tracker.database.transaction() as connection:
     connection.execute("PRAGMA busy_timeout=20")

@@ -87,6 +87,41 @@ def run_points(experiment_id: str, url: str) -> list[dict[str, object]]:
         run.close()
 
 
+def logged(run: ExperimentTracker) -> list[tuple[str, float, int | None]]:
+    return [(point["metric_name"], point["metric_value"], point["step"]) for point in run.get_metrics()]
+
+
+def test_going_back_to_any_checkpoint_brings_its_metrics_back_also_from_an_earlier_attempt(
+    url: str, tmp_path: Path, chance: random.Random
+) -> None:
+    run = ExperimentTracker("run", database_url=url)
+    known = {}  # checkpoint -> what was logged when it was saved, and its step
+    step, value = 0, 0.0
+    for _ in range(12):
+        with EnhancedCheckpointManager(run, tmp_path / "c", max_checkpoints=100) as manager:
+            for _ in range(chance.randrange(4)):
+                for _ in range(chance.randrange(1, 8)):
+                    step, value = step + 1, value + 1
+                    run.log_metrics({"loss": value, chance.choice("abc"): -value}, step)
+                known[manager.save_checkpoint({"w": [value]}, step=step)] = (logged(run), step)
+            for _ in range(chance.randrange(4)):
+                value += 1
+                run.log_metric("loss", value, step + 1)
+        run.close()
+        back = chance.choice([None, *known])
+        run = ExperimentTracker.resume(run.experiment_id, url, at_checkpoint=back)
+        if back is not None:
+            before, step = known[back]
+            assert logged(run) == before
+            losses = [value for name, value, _ in before if name == "loss"]
+            assert run.metric_summaries()["loss"]["points"] == len(losses)
+            assert run.metric_summaries()["loss"]["last"] == losses[-1]
+    numbers = {value for attempt in run.attempts for value in run.metric_history("loss", attempt=attempt.number).values}
+    numbers |= set(run.metric_history("loss").values)
+    assert numbers == set(range(1, int(value) + 1)), "nothing that was logged is lost"
+    run.close()
+
+
 def test_going_back_to_the_last_point_cuts_nothing(url: str, tmp_path: Path) -> None:
     run = ExperimentTracker("run", database_url=url)
     saved = train(run, tmp_path / "c", range(30))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import RECORD, CheckpointRecord, record_of_row
@@ -172,21 +172,12 @@ class CheckpointTable:
         where = f"c.experiment_id = :experiment AND c.status IN {LIVE} ORDER BY c.sequence"
         return self._records(where, experiment=experiment_id)
 
-    def search(self, source: str, binds: Mapping[str, Any], limit: int, offset: int) -> list[CheckpointRecord]:
-        """Return committed and corrupt checkpoints of every store, in the order of ``source``.
-
-        Args:
-            source: joins, a condition and an order for the tables ``c`` and ``e``: what goes behind FROM.
-            binds: the values in it.
-            limit, offset: how many at most, and how many are passed over.
-        """
-        sql = f"SELECT c.id FROM checkpoints c JOIN experiments e ON e.id = c.experiment_id {source}"
-        rows = self._db.query(f"{sql} LIMIT :limit OFFSET :offset", {**binds, "limit": limit, "offset": offset})
-        names = {f"i{place}": row[0] for place, row in enumerate(rows)}
-        if not rows:
-            return []
-        found = {r.id: r for r in self._records(f"c.id IN ({', '.join(f':{name}' for name in names)})", **names)}
-        return [found[checkpoint_id] for (checkpoint_id,) in rows if checkpoint_id in found]
+    def several(self, checkpoint_ids: Sequence[str]) -> list[CheckpointRecord]:
+        """Return checkpoints of every store, in the order of their ids; those that are gone are left out."""
+        names = {f"i{place}": checkpoint_id for place, checkpoint_id in enumerate(checkpoint_ids)}
+        ids = ", ".join(f":{name}" for name in names)
+        found = {record.id: record for record in (self._records(f"c.id IN ({ids})", **names) if names else [])}
+        return [found[checkpoint_id] for checkpoint_id in checkpoint_ids if checkpoint_id in found]
 
     def latest(self, store_id: str, experiment_id: str, checkpoint_type: str | None = None) -> str | None:
         """Return the id of the newest save of the experiment, of one type or any, or None."""

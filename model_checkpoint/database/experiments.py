@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import ExperimentRecord
@@ -71,21 +71,11 @@ class ExperimentTable:
         found = self._records(":id", {"id": experiment_id})
         return found[0] if found else None
 
-    def search(self, source: str, binds: Mapping[str, Any], limit: int, offset: int) -> list[ExperimentRecord]:
-        """Return experiments, in the order of ``source``.
-
-        Args:
-            source: joins, a condition and an order for the table ``e``: what goes behind FROM.
-            binds: the values in it.
-            limit, offset: how many at most, and how many are passed over.
-        """
-        rows = self._db.query(
-            f"SELECT e.id FROM experiments e {source} LIMIT :limit OFFSET :offset",
-            {**binds, "limit": limit, "offset": offset},
-        )
-        places = {row[0]: place for place, row in enumerate(rows)}
-        names = {f"i{place}": row[0] for place, row in enumerate(rows)}
-        found = self._records(", ".join(f":{name}" for name in names), names) if rows else []
+    def several(self, experiment_ids: Sequence[str]) -> list[ExperimentRecord]:
+        """Return experiments, in the order of their ids; those that are gone are left out."""
+        names = {f"i{place}": experiment_id for place, experiment_id in enumerate(experiment_ids)}
+        found = self._records(", ".join(f":{name}" for name in names), names) if names else []
+        places = {experiment_id: place for place, experiment_id in enumerate(experiment_ids)}
         return sorted(found, key=lambda record: places[record.id])
 
     def _records(self, ids: str, binds: Mapping[str, Any]) -> list[ExperimentRecord]:

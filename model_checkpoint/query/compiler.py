@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from model_checkpoint.errors import QueryError
 from model_checkpoint.query.language import (
@@ -59,21 +59,63 @@ _CHECKPOINT = {
 _TEXTS = {"id", "name", "project", "status", "parent", "forked_from", "experiment_id", "checkpoint_type"}
 
 
+# What the rows of a kind are read from, and what comes last in every order.
+_TABLES = {
+    "experiments": "experiments e",
+    "checkpoints": "checkpoints c JOIN experiments e ON e.id = c.experiment_id",
+}
+_LAST = {"experiments": ["e.created_at DESC", "e.id"], "checkpoints": ["c.sequence DESC"]}
+
+
+class _Join(NamedTuple):
+    """A table of one row or none for each row of a kind."""
+
+    rows: str  # what it is, with the columns owner, number and text
+    alias: str
+    row: str  # the column that its owner is
+
+
 @dataclass
 class Compiled:
     """A piece of SQL.
 
     Attributes:
+        kind: ``experiments`` or ``checkpoints``.
         where: a condition.
-        joins: what it needs behind FROM.
+        joins: tables that it needs.
         order: what goes behind ORDER BY.
         binds: the values, by name.
     """
 
+    kind: str
     where: str = "1 = 1"
-    joins: str = ""
-    order: str = ""
+    joins: list[_Join] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
     binds: dict[str, Value] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """What goes behind FROM."""
+        return f"{_TABLES[self.kind]}{self._left_joins(0)} WHERE {self.where}{self._order(0)}"
+
+    @property
+    def ranked(self) -> str | None:
+        """What goes behind FROM for the rows that come first, those that have a number to sort by; None: it is unknown.
+
+        They are found in the order of the index that has the numbers, so that a short page needs no look at the others.
+        """
+        if not (self.joins and self.order[0].startswith(f"{self.joins[0].alias}.")):
+            return None
+        rows, alias, row = self.joins[0]
+        # SQLite takes the tables of a CROSS JOIN in the order in which they are named.
+        tables = f"{rows} {alias} CROSS JOIN {_TABLES[self.kind]}{self._left_joins(1)}"
+        return f"{tables} WHERE {alias}.owner = {row} AND {alias}.number IS NOT NULL AND {self.where}{self._order(1)}"
+
+    def _left_joins(self, first: int) -> str:
+        return "".join(f" LEFT JOIN {rows} {alias} ON {alias}.owner = {row}" for rows, alias, row in self.joins[first:])
+
+    def _order(self, first: int) -> str:
+        return f" ORDER BY {', '.join(self.order[first:])}" if self.order else ""
 
 
 def compile_filter(text: str | None, kind: str, tests: Mapping[str, str], now: float) -> Compiled:
@@ -88,13 +130,13 @@ def compile_filter(text: str | None, kind: str, tests: Mapping[str, str], now: f
     Raises:
         QueryError: it cannot be understood, or names what there is not; it points at the place.
     """
-    made = Compiled()
+    made = Compiled(kind)
     if text is not None:
-        made.where = _Compiler(text, kind, tests, made, now).condition(parse(text))
+        made.where = _Compiler(text, tests, made, now).condition(parse(text))
     return made
 
 
-def compile_order(text: str | None, kind: str, made: Compiled, now: float) -> None:
+def compile_order(text: str | None, made: Compiled, now: float) -> None:
     """Put an order into ``made``: fields with commas between them, each with ``desc`` or ``asc`` behind it or not.
 
     What has no value comes last, in either direction.
@@ -107,17 +149,18 @@ def compile_order(text: str | None, kind: str, made: Compiled, now: float) -> No
         match = re.fullmatch(r"(.*?)(?:\s+(asc|desc))?", part.strip(), re.IGNORECASE | re.DOTALL)
         assert match is not None
         name, direction = match[1], (match[2] or "asc").upper()
-        parts += [f"{key} IS NULL, {key} {direction}" for key in compile_columns(name, kind, made, now)]
-    made.order = ", ".join([*parts, *(["e.created_at DESC, e.id"] if kind == "experiments" else ["c.sequence DESC"])])
+        for key in compile_columns(name, made, now):
+            parts += [f"{key} IS NULL", f"{key} {direction}"]
+    made.order = [*parts, *_LAST[made.kind]]
 
 
-def compile_columns(text: str, kind: str, made: Compiled, now: float) -> list[str]:
+def compile_columns(text: str, made: Compiled, now: float) -> list[str]:
     """Return the columns of a field, and put the joins that they need into ``made``; of a config name, number and text.
 
     Raises:
         QueryError: it is no field.
     """
-    return _Compiler(text, kind, {}, made, now).sort_keys(parse_field(text))
+    return _Compiler(text, {}, made, now).sort_keys(parse_field(text))
 
 
 class _Column(Protocol):
@@ -163,9 +206,9 @@ class _Child:
 
 
 class _Compiler:
-    def __init__(self, text: str, kind: str, tests: Mapping[str, str], made: Compiled, now: float) -> None:
+    def __init__(self, text: str, tests: Mapping[str, str], made: Compiled, now: float) -> None:
         self._text = text
-        self._kind = kind
+        self._kind = made.kind
         self._tests = tests
         self._made = made
         self._now = now
@@ -267,11 +310,8 @@ class _Compiler:
         keys = []
         if join:
             alias = f"j{place[1:]}"
-            columns = f"{owner}, {number} AS number, {text} AS text"
-            self._made.joins += (
-                f" LEFT JOIN (SELECT {columns} FROM {table} WHERE name = {place}{only}) {alias} "
-                f"ON {alias}.{owner} = {row}"
-            )
+            columns = f"{owner} AS owner, {number} AS number, {text} AS text"
+            self._made.joins.append(_Join(f"(SELECT {columns} FROM {table} WHERE name = {place}{only})", alias, row))
             keys = [f"{alias}.number", f"{alias}.text"] if table == "parameters" else [f"{alias}.number"]
         return _Child(row, rows, number, text, keys)
 

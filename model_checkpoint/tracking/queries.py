@@ -61,8 +61,8 @@ class Queries:
             ConfigurationError: limit or offset is no count.
             DatabaseError: the database refused, a regular expression that it does not know, for one.
         """
-        source = self._source(filter, order_by, "experiments", limit, offset)
-        return self.database.experiments.search(_sql(source), source.binds, limit, offset)
+        made = self._compile(filter, order_by, "experiments", limit, offset)
+        return self.database.experiments.several(self._page("e.id", made, limit, offset))
 
     def search_checkpoints(
         self, filter: str | None = None, order_by: str | None = None, limit: int = 100, offset: int = 0
@@ -72,9 +72,9 @@ class Queries:
         The best one of all runs of a project: ``search_checkpoints("project == 'vision'", "val_loss", limit=1)``.
         Arguments and errors are those of ``search_experiments``; without an order, the newest come first.
         """
-        source = self._source(filter, order_by, "checkpoints", limit, offset)
-        source.where = f"c.status IN {LIVE} AND {source.where}"
-        return self.database.checkpoints.search(_sql(source), source.binds, limit, offset)
+        made = self._compile(filter, order_by, "checkpoints", limit, offset)
+        made.where = f"c.status IN {LIVE} AND {made.where}"
+        return self.database.checkpoints.several(self._page("c.id", made, limit, offset))
 
     def group_by(self, field: str, over: str, filter: str | None = None) -> list[Group]:
         """Return what runs that share a value have in common: across seeds, for one.
@@ -92,11 +92,9 @@ class Queries:
         """
         now = time.time()
         made = compile_filter(filter, "experiments", self.database.text_tests, now)
-        shared = compile_columns(field, "experiments", made, now)
-        wanted = compile_columns(over, "experiments", made, now)[0]
-        rows = self.database.query(
-            f"SELECT {wanted}, {', '.join(shared)} FROM experiments e {made.joins} WHERE {made.where}", made.binds
-        )
+        shared = compile_columns(field, made, now)
+        wanted = compile_columns(over, made, now)[0]
+        rows = self.database.query(f"SELECT {wanted}, {', '.join(shared)} FROM {made.source}", made.binds)
         groups: dict[Any, list[float]] = {}
         for number, *value in rows:
             groups.setdefault(_config_value(*value) if len(value) == 2 else value[0], []).extend(
@@ -169,14 +167,23 @@ class Queries:
             }
         return {"config": differences(configs), "metrics": differences(metrics)}
 
-    def _source(self, filter: str | None, order_by: str | None, kind: str, limit: int, offset: int) -> Compiled:
+    def _compile(self, filter: str | None, order_by: str | None, kind: str, limit: int, offset: int) -> Compiled:
         for name, count in (("limit", limit), ("offset", offset)):
             if type(count) is not int or not 0 <= count <= 30_000:
                 raise ConfigurationError(f"{name} must be a count of at most 30,000, not {count!r}")
         now = time.time()
         made = compile_filter(filter, kind, self.database.text_tests, now)
-        compile_order(order_by, kind, made, now)
+        compile_order(order_by, made, now)
         return made
+
+    def _page(self, column: str, made: Compiled, limit: int, offset: int) -> list[str]:
+        """Return the ids of a page of what was found."""
+        binds = {**made.binds, "limit": limit, "offset": offset}
+        rows: list[tuple[Any, ...]] = []
+        for source in (made.ranked, made.source):
+            if source is not None and len(rows) < limit:  # else the page was full before those that come last
+                rows = self.database.query(f"SELECT {column} FROM {source} LIMIT :limit OFFSET :offset", binds)
+        return [row[0] for row in rows]
 
     def close(self) -> None:
         """Let go of the database, if it was opened here."""
@@ -195,7 +202,3 @@ def _config_value(number: float | None, text: str | None) -> Any:
     if number is None or text is None:
         return text
     return {"True": True, "False": False}.get(text, number if "." in text or "e" in text else int(text))
-
-
-def _sql(source: Compiled) -> str:
-    return f"{source.joins} WHERE {source.where} ORDER BY {source.order}"

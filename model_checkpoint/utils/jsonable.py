@@ -145,7 +145,8 @@ def dumps(value: Any) -> str:
 
 def loads(text: str) -> Any:
     """Undo ``dumps``."""
-    return unescape(json.loads(text))
+    value = json.loads(text)
+    return unescape(value) if '"$' in text else value
 
 
 def escape(value: Any) -> Any:

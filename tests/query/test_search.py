@@ -126,6 +126,37 @@ def test_filters_find_the_same_on_every_database(queries: Queries, filter: str, 
     assert sorted(found(queries, filter)) == expected
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        "metrics.val_loss.min",
+        "metrics.val_loss.max desc, name",
+        "metrics.val_loss.mean",
+        "config.id desc",
+        "config.optimizer.lr, metrics.val_loss",
+        "project, metrics.val_loss",
+        "metrics.nothing",
+        None,
+    ],
+)
+@pytest.mark.parametrize("filter", [None, "metrics.val_loss < 10 or project == 'text'"])
+def test_every_page_is_a_slice_of_the_whole(queries: Queries, filter: str | None, order: str | None) -> None:
+    whole = found(queries, filter, order_by=order)
+    assert len(whole) >= 4
+    for offset in range(7):
+        for limit in range(7):
+            assert found(queries, filter, order_by=order, limit=limit, offset=offset) == whole[offset : offset + limit]
+
+
+@pytest.mark.parametrize("order", ["loss", "metrics.acc desc", "experiment.metrics.val_loss.min, epoch", "config.id"])
+def test_every_page_of_checkpoints_is_a_slice_of_the_whole(queries: Queries, order: str) -> None:
+    whole = [record.id for record in queries.search_checkpoints(order_by=order)]
+    assert len(whole) == 10
+    for start in range(0, 12, 3):
+        page = queries.search_checkpoints(order_by=order, limit=3, offset=start)
+        assert [record.id for record in page] == whole[start : start + 3]
+
+
 def test_order_limit_and_offset(queries: Queries) -> None:
     assert found(queries, None) == [4, 3, 2, 1, 0]  # newest first
     assert found(queries, None, order_by="metrics.val_loss.min") == [0, 2, 4, 1, 3]  # what has none comes last

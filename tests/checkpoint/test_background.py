@@ -634,14 +634,17 @@ def test_a_thread_that_found_nothing_to_do_leaves_the_next_save_to_the_thread_th
     assert manager.load_checkpoint(second)["model_state_dict"] == state_of(2)
 
 
-def test_a_blocking_save_that_waited_for_one_that_failed_says_so_and_saves_nothing(make: Make, gate: Gate) -> None:
+def test_a_blocking_save_that_waited_for_one_that_failed_says_so_and_saves_nothing(
+    make: Make, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manager = make()
     gate.opened.clear()
     failed = manager.save_checkpoint(state_of(1), epoch=1)
     assert gate.reached.wait(DEADLINE)
     gate.error = OSError(28, "No space left on device")
     manager.register_hook("mend", lambda _: setattr(gate, "error", None), [HookEvent.ON_CHECKPOINT_SAVE_FAILED])
-    manager.register_hook("open", lambda _: gate.opened.set(), [HookEvent.BEFORE_CHECKPOINT_SAVE])
+    wait = manager._queue.wait
+    monkeypatch.setattr(manager._queue, "wait", lambda: (gate.opened.set(), wait()))  # the save begins to wait
     with pytest.raises(SaveFailedError, match=failed):
         manager.save_checkpoint(state_of(2), epoch=2, blocking=True)
     assert epochs(manager) == []

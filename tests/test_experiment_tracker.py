@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import gc
 import math
 import os
 import resource
+import signal
 import sqlite3
 import struct
 import subprocess
@@ -911,3 +913,47 @@ def test_a_tracker_on_memory_works_and_leaves_no_file(tmp_path: Path, monkeypatc
             run.log_metric("m", i)
         assert len(run.get_metrics()) == 10
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "completed"), (None, "completed"), (3, "failed"), ("no", "failed")])
+def test_a_block_that_ends_in_an_exit_ends_as_the_exit_says(code: object, status: str) -> None:
+    outer = ExperimentTracker("outer", database_url="sqlite:///:memory:")
+    with pytest.raises(SystemExit), outer.child("run") as run:
+        sys.exit(code)  # type: ignore[arg-type]
+    assert run.record.status == status
+    outer.close()
+
+
+def test_a_child_keeps_the_connection_of_its_parent(tmp_path: Path) -> None:
+    child = ExperimentTracker("parent", database_url=f"sqlite:///{tmp_path}/runs.db").child("child")
+    gc.collect()
+    child.log_metric("loss", 0.5)
+    child.close()
+    with ExperimentTracker.resume(child.experiment_id, f"sqlite:///{tmp_path}/runs.db") as child:
+        assert [point["metric_value"] for point in child.get_metrics()] == [0.5]
+
+
+def test_what_is_added_to_a_run_that_is_gone_is_an_error_that_names_it() -> None:
+    run = ExperimentTracker("run", database_url="sqlite:///:memory:")
+    with run.database.transaction() as connection:
+        for table in ("tags", "parameters", "experiments"):
+            column = "id" if table == "experiments" else "experiment_id"
+            connection.execute(f"DELETE FROM {table} WHERE {column} = :id", {"id": run.experiment_id})
+    for change in (run.log_hyperparameters, run.update_metadata):
+        with pytest.raises(ExperimentNotFoundError, match=run.experiment_id):
+            change({"a": 1})
+    run.close()
+
+
+def test_a_forked_child_counts_its_own_work_only(tmp_path: Path) -> None:
+    run = ExperimentTracker("run", database_url=f"sqlite:///{tmp_path}/runs.db")
+    run.log_arrays("loss", range(1000))
+    assert run.get_performance_statistics()["buffered_points"] in (0, 1000)
+    run.flush()
+    assert run.get_performance_statistics()["points"] == 1000
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        os._exit(int("points" in run.get_performance_statistics()))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    run.close()

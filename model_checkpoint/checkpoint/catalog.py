@@ -44,6 +44,10 @@ class Tracker(Protocol):
         """Where it tracks to."""
 
     @property
+    def spooled(self) -> Collection[int]:
+        """Points of each batch that waits in a file for the database to come back."""
+
+    @property
     def unflushed(self) -> Collection[Any]:
         """What is buffered."""
 

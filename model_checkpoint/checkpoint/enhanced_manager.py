@@ -280,9 +280,11 @@ class EnhancedCheckpointManager(ManagerLifecycle):
 
     def _submit(self, call: _Call, state: EncodedState, started: float) -> None:
         """Copy the state and hand it to the background."""
-        if self._tracker is not None and self._tracker.unflushed:
+        behind = 0
+        if self._tracker is not None and (self._tracker.unflushed or self._tracker.spooled):
             self._tracker.flush()
-        call = call._replace(position=self._db.experiments.position(call.record.experiment_id))
+            behind = sum(self._tracker.spooled)
+        call = call._replace(position=self._db.experiments.position(call.record.experiment_id) + behind)
         self._queue.submit(call.record.id, lambda buffer: buffer.take(state, self._threads), partial(self._save, call))
         self._tally.count(call.record.experiment_id, stall_seconds=time.perf_counter() - started)
 
@@ -295,8 +297,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             tree = state.to_json()
             planned = self._backend.plan(state, self._max_shard_size)
             planned.append(PlannedFile(STATE_FILE, None, len(tree), operator.methodcaller("write", tree)))
-            if self._tracker is not None and self._tracker.unflushed:
-                self._tracker.flush()  # so that the commit notes where the metrics stood
+            if self._tracker is not None and (self._tracker.unflushed or self._tracker.spooled):
+                self._tracker.flush()  # so that the row notes where the metrics stand
             try:
                 with self._directory.shared():
                     saved = self._write(call, planned)
@@ -328,7 +330,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
     def _write(self, call: _Call, planned: Sequence[PlannedFile]) -> tuple[CheckpointRecord, Mapping[str, float], int]:
         """Intent, bytes, manifest, publication, commit; returns record, flags taken, and how many there are now."""
         record, store, rows = call.record, self._directory.store_id, self._db.checkpoints
-        sequence = rows.begin(record, call.details, store)
+        behind = 0 if self._tracker is None else sum(self._tracker.spooled)
+        sequence = rows.begin(record, call.details, store, call.position, behind)
         try:
             manifest_of = partial(_manifest, call, sequence)
             entries, digest = self._directory.write(
@@ -346,7 +349,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         record = replace(record, size=sum(map(operator.attrgetter("size"), entries)), manifest_sha256=digest)
         files = map(operator.attrgetter("name", "size", "sha256"), entries)
         decide = partial(flags_taken, overrides=self._best_metrics)
-        return (record, *rows.commit(record, store, files, decide, call.position))
+        return (record, *rows.commit(record, store, files, decide))
 
     def _experiment_to_save(self, experiment_id: str | None) -> str:
         """Return the experiment's id, after noting what manifests tell of it."""

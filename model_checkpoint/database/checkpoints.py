@@ -48,10 +48,17 @@ class CheckpointTable:
             return int(revision)
         raise DatabaseError(f"{self._db!r} has lost the row of checkpoint directory {store_id}; {_REPAIR}")
 
-    def begin(self, record: CheckpointRecord, details: Mapping[str, Any], store_id: str) -> int:
-        """Store the intent to save ``record`` (``details``: its ``details_of``); returns its sequence."""
+    def begin(
+        self, record: CheckpointRecord, details: Mapping[str, Any], store_id: str, position: int | None, behind: int
+    ) -> int:
+        """Store the intent to save ``record`` (``details``: its ``details_of``); returns its sequence.
+
+        Args:
+            position: how many metric points the experiment had when its state was taken; None: as many as it has now
+                and those ``behind``, which are logged and not stored yet.
+        """
         with self._db.transaction() as connection:
-            return _insert(connection, record, details, store_id)
+            return _insert(connection, record, details, store_id, None, position, behind)
 
     def commit(
         self,
@@ -59,14 +66,12 @@ class CheckpointTable:
         store_id: str,
         files: Iterable[tuple[str, int, str | None]],
         decide: Decide,
-        position: int | None = None,
         sequence: int | None = None,
     ) -> tuple[Scores, int]:
         """Make a published checkpoint exist: the row, its files and the best flags, in one durable transaction.
 
         Args:
             record: with its final size and manifest digest. Without a row yet (recovery), one is made.
-            position: how many metric points the experiment had when it was saved; None: as many as it has now.
             sequence: the manifest's, for a row that is made: what was found late is not what was saved last.
             store_id: the directory that it is in.
             files: (name, bytes, SHA-256 or None) of each.
@@ -77,14 +82,12 @@ class CheckpointTable:
             The criteria that it took, with its values; and how many checkpoints the experiment now has in the store.
         """
         bind = {"id": record.id, "store": store_id, "size": record.size, "digest": record.manifest_sha256}
-        bind |= {"experiment": record.experiment_id, "position": position}
+        bind |= {"experiment": record.experiment_id}
         with self._db.transaction(durable=True) as connection:
             if not connection.execute("SELECT 1 FROM checkpoints WHERE id = :id", bind).fetchone():
                 _insert(connection, record, details_of(record), store_id, sequence)
             connection.execute(
-                "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest, "
-                "metric_position = COALESCE(:position, (SELECT points FROM experiments WHERE id = :experiment)), "
-                "attempts = (SELECT COUNT(*) FROM attempts WHERE experiment_id = :experiment) WHERE id = :id",
+                "UPDATE checkpoints SET status = 'committed', size = :size, manifest_sha256 = :digest WHERE id = :id",
                 bind,
             )
             for table in ("files", "scores"):  # of an earlier try
@@ -336,6 +339,8 @@ def _insert(
     details: Mapping[str, Any],
     store_id: str,
     sequence: int | None = None,
+    position: int | None = None,
+    behind: int = 0,
 ) -> int:
     if sequence is None:
         (sequence,) = connection.execute("SELECT COALESCE(MAX(sequence), 0) + 1 FROM checkpoints").fetchone()
@@ -343,9 +348,13 @@ def _insert(
             raise DatabaseError(f"a checkpoint has the sequence {sequence - 1}, which no save had; {_REPAIR}")
     connection.execute(
         "INSERT INTO checkpoints (id, experiment_id, store_id, sequence, status, checkpoint_type, epoch, step, "
-        "details, backend, size, created_at, update_best, owner) VALUES (:id, :experiment, :store, :sequence, "
-        "'saving', :type, :epoch, :step, :details, :backend, 0, :created_at, :update_best, :owner)",
+        "details, backend, size, created_at, update_best, owner, metric_position, attempts) VALUES (:id, :experiment, "
+        ":store, :sequence, 'saving', :type, :epoch, :step, :details, :backend, 0, :created_at, :update_best, :owner, "
+        "COALESCE(:position, (SELECT points FROM experiments WHERE id = :experiment) + :behind), "
+        "(SELECT COUNT(*) FROM attempts WHERE experiment_id = :experiment))",
         {
+            "position": position,
+            "behind": behind,
             "id": record.id,
             "experiment": record.experiment_id,
             "store": store_id,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.database.models import ExperimentRecord
+from model_checkpoint.errors import ExperimentNotFoundError
 from model_checkpoint.utils.jsonable import dumps, flatten, loads
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ class ExperimentTable:
     def update_config(self, experiment_id: str, values: Mapping[str, Any]) -> None:
         """Merge ``values`` into the config; top-level names that exist are replaced."""
         with self._db.transaction(durable=True) as connection:
-            rows = self._db.query("SELECT config FROM experiments WHERE id = :id", {"id": experiment_id})
-            config = {**loads(rows[0][0]), **values}
+            config = {**self._of("config", experiment_id), **values}
             connection.execute(
                 "UPDATE experiments SET config = :config WHERE id = :id", {"id": experiment_id, "config": dumps(config)}
             )
@@ -118,11 +118,17 @@ class ExperimentTable:
     def update_metadata(self, experiment_id: str, values: Mapping[str, Any]) -> None:
         """Merge ``values`` into the metadata; top-level names that exist are replaced."""
         with self._db.transaction(durable=True) as connection:
-            rows = self._db.query("SELECT metadata FROM experiments WHERE id = :id", {"id": experiment_id})
+            metadata = {**self._of("metadata", experiment_id), **values}
             connection.execute(
                 "UPDATE experiments SET metadata = :metadata WHERE id = :id",
-                {"id": experiment_id, "metadata": dumps({**loads(rows[0][0]), **values})},
+                {"id": experiment_id, "metadata": dumps(metadata)},
             )
+
+    def _of(self, column: str, experiment_id: str) -> dict[str, Any]:
+        rows = self._db.query(f"SELECT {column} FROM experiments WHERE id = :id", {"id": experiment_id})
+        if not rows:
+            raise ExperimentNotFoundError(f"experiment {experiment_id!r} is no longer in {self._db!r}")
+        return loads(rows[0][0])  # type: ignore[no-any-return]
 
     def captured(self, experiment_id: str) -> dict[str, Any] | None:
         """Return what was captured of the code and the machine, or None."""
@@ -153,10 +159,10 @@ class ExperimentTable:
                 {"name": name},
             )
             known, old = self.projects()[name]
-            new = [tag for tag in tags if tag not in known]
+            merged = {dumps(tag): tag for tag in (*known, *tags)}  # 1 and True are two tags
             connection.execute(
                 "UPDATE projects SET tags = :tags, metadata = :metadata WHERE name = :name",
-                {"name": name, "tags": dumps([*known, *new]), "metadata": dumps({**old, **metadata})},
+                {"name": name, "tags": dumps([*merged.values()]), "metadata": dumps({**old, **metadata})},
             )
 
     def _set_parameters(self, experiment_id: str, config: Mapping[str, Any]) -> None:

@@ -68,6 +68,8 @@ class Summary(NamedTuple):
 
     def told(self) -> dict[str, Any]:
         """Return it as users see it."""
+        both = self.low is not None and -self.low == self.high == LARGEST  # infinities, whose sum is no number
+        mean = math.nan if both else (_exact(self.total) or 0.0) / max(1, self.numbers)
         return {
             "points": self.points,
             "last": _exact(self.last),
@@ -76,7 +78,7 @@ class Summary(NamedTuple):
             "min_step": self.low_step,
             "max": _exact(self.high),
             "max_step": self.high_step,
-            "mean": (_exact(self.total) or 0.0) / self.numbers if self.numbers else None,
+            "mean": mean if self.numbers else None,
         }
 
 
@@ -168,11 +170,11 @@ class MetricTable:
         Its first and last point, and of as many stretches of equal length as fit the lowest and the highest one. Long
         series are not read for it: blocks know their peaks.
         """
-        ((count, blocks),) = self._db.query(
+        ((points, blocks),) = self._db.query(
             "SELECT COALESCE(SUM(points), 0), COUNT(*) FROM blocks WHERE series_id = :id", {"id": series_id}
         )
         stretches = max(1, (max_points - 2) // 2)
-        if count <= max_points or blocks < 2 * stretches:
+        if points <= max_points or blocks < 2 * stretches:
             columns = self.columns(series_id)
             if len(columns) <= max_points:
                 return columns
@@ -187,8 +189,10 @@ class MetricTable:
         columns.extend(self._edge(series_id, "DESC")[-1:])
         # Each block has two points here; they count as many as they stand for.
         halves = [half for points, _ in rows for half in (points // 2, points - points // 2)]
-        places = [0, 0, *accumulate(halves), int(count)]
-        return _thinned(columns, places, stretches)
+        places = [0, 0, *accumulate(halves), sum(halves)]
+        found = _thinned(columns, places, stretches)
+        # The first and the last point may be peaks of their blocks.
+        return found.pick([i for i, at in enumerate(found.positions) if not i or at != found.positions[i - 1]])
 
     def _edge(self, series_id: int, order: str) -> Columns:
         sql = f"SELECT data FROM blocks WHERE series_id = :id ORDER BY first_position {order} LIMIT 1"

@@ -18,15 +18,15 @@ Row = TypeVar("Row")
 class _Ticket:
     """A caller that waits for everything collected so far to be written."""
 
-    def __init__(self, last: bool) -> None:
+    def __init__(self, then: Callable[[], object] | None = None) -> None:
         self.done = threading.Lock()  # taken until it is; waiting for it can be interrupted at any moment
         self.done.acquire()
         self.error: Exception | None = None
-        self.last = last  # whether the thread ends then
+        self.then = then  # what to call after the last batch; the thread ends with it
 
 
 class BatchedWriter(Generic[Row]):
-    """Hands rows to ``write`` in the order of ``extend``, by age, by count, on ``flush`` and on ``close``.
+    """Hands rows to ``write`` in the order of ``extend``, by age, by count, on ``flush`` and at the ``end``.
 
     Only the writer's own thread calls ``write``: a Ctrl-C, which goes to the main thread, cannot come between a batch's
     commit and the note that it is written. A batch that cannot be written stays in memory and is tried again, the same
@@ -57,6 +57,7 @@ class BatchedWriter(Generic[Row]):
         self._calls: SimpleQueue[_Ticket | None] = SimpleQueue()  # None: there are rows
         self._called = False  # whether the thread knows that there are rows
         self._full = False  # and that they are enough
+        self._starting = threading.Lock()
         self._writing = threading.Lock()
         self._resting = False
         self._warned = False
@@ -91,16 +92,17 @@ class BatchedWriter(Generic[Row]):
             self._call()
 
     def _call(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="model-checkpoint-writer", daemon=True)
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="model-checkpoint-writer", daemon=True)
+                self._thread.start()
         self._called = True
         self._full = len(self.pending) >= self._max_rows
         self._calls.put(None)
 
     def _run(self) -> None:
         ticket: _Ticket | None = None
-        while ticket is None or not ticket.last:
+        while ticket is None or ticket.then is None:
             ticket = self._calls.get()
             deadline = time.monotonic() + self._max_age
             while ticket is None and len(self.pending) < self._max_rows and deadline > time.monotonic():
@@ -124,7 +126,11 @@ class BatchedWriter(Generic[Row]):
             self._calls.put(None)
         finally:
             if ticket is not None:
-                ticket.done.release()
+                try:
+                    if ticket.then is not None:
+                        ticket.then()
+                finally:
+                    ticket.done.release()
 
     def _write_pending(self, urgent: bool) -> None:
         with self._writing:
@@ -141,20 +147,26 @@ class BatchedWriter(Generic[Row]):
 
     def flush(self) -> None:
         """Write everything collected so far; raises what ``write`` raises, with the rows kept."""
-        self._wait_for(_Ticket(last=False))
+        if self._thread is not None:  # else nothing was collected
+            self._wait_for(_Ticket())
 
-    def close(self) -> None:
-        """Write everything and end the thread; raises what ``write`` raises. Closing twice does nothing."""
-        self._wait_for(_Ticket(last=True))
-        self._thread = None
+    def end(self, then: Callable[[], object], timeout: float = -1.0) -> None:
+        """Write everything, call ``then`` and end the thread; ``then`` is called also when something was not written.
 
-    def _wait_for(self, ticket: _Ticket) -> None:
+        Args:
+            then: lets go of what ``write`` needs. Where there is a thread, it calls this.
+            timeout: seconds to wait for that; below 0: for ever. The garbage collector, which ends what nobody has
+                closed, runs in any thread and within any call: it may hold the very lock that the thread waits for.
+
+        Raises:
+            Exception: what ``write`` raised.
+        """
         if self._thread is None:
-            return  # nothing was collected
-        if self._thread is threading.current_thread():  # the garbage collector finishes somebody's tracker here
-            self._write_pending(True)
-            return
+            then()
+        else:
+            self._wait_for(_Ticket(then), timeout)
+
+    def _wait_for(self, ticket: _Ticket, timeout: float = -1.0) -> None:
         self._calls.put(ticket)
-        ticket.done.acquire()
-        if ticket.error is not None:
+        if self._thread is not threading.current_thread() and ticket.done.acquire(timeout=timeout) and ticket.error:
             raise ticket.error

@@ -45,6 +45,11 @@ class Spool:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name, too
+            finally:
+                os.close(folder)
         assert self._file is not None
         content = memoryview(_HEAD.pack(len(record), zlib.crc32(record), number) + record)
         try:

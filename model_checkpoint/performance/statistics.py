@@ -52,9 +52,10 @@ class Tally:
 
     def __init__(self, owner: object, gauges: Mapping[str, Callable[[Any], float]]) -> None:
         self.lock = threading.Lock()
-        self.sums: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self.laps: defaultdict[tuple[str, str], deque[float]] = defaultdict(partial(deque, maxlen=_KEPT))
-        self.counts: defaultdict[tuple[str, str], int] = defaultdict(int)
+        makers = {"sums": _no_sums, "laps": _no_laps, "counts": _no_counts}
+        self.sums, self.laps, self.counts = _no_sums(), _no_laps(), _no_counts()
+        for name, make in makers.items():  # what the parent of a process did is the parent's
+            renew_in_child(self, name, make)
         self._owner = ref(owner)
         self._gauges = gauges
         renew_in_child(self, "lock", threading.Lock)
@@ -99,6 +100,18 @@ class Tally:
         if found.get("save_seconds"):
             found["write_gb_per_second"] = found["bytes_written"] / found["save_seconds"] / 1e9
         return found
+
+
+def _no_sums() -> defaultdict[tuple[str, str], float]:
+    return defaultdict(float)
+
+
+def _no_laps() -> defaultdict[tuple[str, str], deque[float]]:
+    return defaultdict(partial(deque, maxlen=_KEPT))
+
+
+def _no_counts() -> defaultdict[tuple[str, str], int]:
+    return defaultdict(int)
 
 
 _tallies: WeakSet[Tally] = WeakSet()

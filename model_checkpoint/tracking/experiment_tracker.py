@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Mapping
@@ -22,12 +23,14 @@ from model_checkpoint.errors import (
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.arguments import check_lengths, described, plain_mapping, plain_tags
 from model_checkpoint.tracking.capture import Capture, at_once, in_force
+from model_checkpoint.tracking.closing import Held
 from model_checkpoint.tracking.experiment_reader import ExperimentReader
 from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
 from model_checkpoint.tracking.recording import Recording
 from model_checkpoint.utils.jsonable import short_text, to_number, to_step
 
+log = logging.getLogger(__name__)
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
 STATUSES = ("running", "completed", "failed", "interrupted")
 
@@ -143,6 +146,7 @@ class ExperimentTracker(ExperimentReader):
         made = type(self).__new__(type(self))
         experiment = described(name, self.project_name, tags, config, metadata)
         made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
+        made._lender = self
         return made
 
     @classmethod
@@ -171,12 +175,15 @@ class ExperimentTracker(ExperimentReader):
         """
         wanted = in_force(capture).again
         database = EnhancedDatabaseConnection(database_url)
-        experiment = database.experiments.get(experiment_id)
-        if experiment is None:
+        try:
+            experiment = database.experiments.get(experiment_id)
+            if experiment is None:
+                raise ExperimentNotFoundError(
+                    f"experiment {experiment_id!r} is not in {database!r}; check the id and the URL"
+                )
+        except BaseException:
             database.close()
-            raise ExperimentNotFoundError(
-                f"experiment {experiment_id!r} is not in {database!r}; check the id and the URL"
-            )
+            raise
         tracker = cls.__new__(cls)
         tracker._open(database, experiment)
         try:
@@ -184,7 +191,7 @@ class ExperimentTracker(ExperimentReader):
                 tracker._rewind(at_checkpoint)
             tracker.set_status("running")
         except BaseException:
-            tracker._finish()
+            tracker._let_go()
             raise
         tracker._recording.begin(wanted, at_once(wanted) if wanted.stores else None, tracker._log_system, resumed=True)
         return tracker
@@ -202,17 +209,20 @@ class ExperimentTracker(ExperimentReader):
         self.database = database
         self.version = 0  # grows when config or tags change, so that a manager knows
         self._ended = False
+        self._lender: ExperimentTracker | None = None  # whose connection it uses, which has to live as long
         self._names: set[str] = set()  # metric names that were found good
         if not database.in_memory:
             replay_left_behind(database)
-        log = MetricLog(database, experiment.id)
-        self._writer: BatchedWriter[Logged] = BatchedWriter(log.write)
-        log.pending = self._writer.pending
-        self._tally = log.tally
+        metrics = MetricLog(database, experiment.id)
+        self._writer: BatchedWriter[Logged] = BatchedWriter(metrics.write)
+        metrics.pending = self._writer.pending
+        self._tally = metrics.tally
         self.unflushed = self._writer.pending
+        self.spooled = metrics.spooled
         self._recording = Recording(database, experiment.id)
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        self._finish = weakref.finalize(self, _finish, self._recording, self._writer, log, database if owned else None)
+        self._held = Held(self._recording, self._writer, metrics, database if owned else None)
+        self._finish = weakref.finalize(self, self._held.let_go_of_abandoned)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value of one metric.
@@ -353,8 +363,12 @@ class ExperimentTracker(ExperimentReader):
             return
         self.flush()
         self.set_status(status)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._ended = True
-        self._finish()
+        self._finish.detach()
+        self._held.let_go()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("cannot copy or pickle a tracker; pass experiment_id, and use ExperimentTracker.resume() there")
@@ -363,27 +377,18 @@ class ExperimentTracker(ExperimentReader):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is None:
-            self.close("completed")
+        if kind is None or (isinstance(error, SystemExit) and not error.code):
+            status = "completed"
         else:
-            self.close("interrupted" if issubclass(kind, (KeyboardInterrupt, Preempted)) else "failed")
+            status = "interrupted" if issubclass(kind, (KeyboardInterrupt, Preempted)) else "failed"
+        if self._ended:
+            return
+        self.flush()
+        try:
+            self.set_status(status)
+        except DatabaseError as problem:  # what was trained and logged is there; the training's end is not its failure
+            log.warning("%r ended as %s, which the database could not note: %s", self, status, problem)
+        self._let_go()
 
     def __repr__(self) -> str:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"
-
-
-def _finish(
-    recording: Recording,
-    writer: BatchedWriter[Logged],
-    log: MetricLog,
-    database: EnhancedDatabaseConnection | None,
-) -> None:
-    try:
-        try:
-            recording.stop()
-        finally:
-            writer.close()
-    finally:
-        log.close()
-        if database is not None:
-            database.close()

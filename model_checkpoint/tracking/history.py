@@ -44,8 +44,10 @@ class MetricHistory:
             MissingDependencyError: pandas is not installed.
         """
         pandas = require("pandas", "dataframes", "to_pandas()")
-        frame = pandas.DataFrame({name: pandas.Series(column) for name, column in self._columns().items()})
-        return frame.astype({"step": "Int64", "value": "float64", "timestamp": "float64"})
+        types = {"step": "Int64", "value": "float64", "timestamp": "float64"}
+        return pandas.DataFrame(
+            {name: pandas.Series(column, dtype=types[name]) for name, column in self._columns().items()}
+        )
 
     def to_polars(self) -> Any:
         """Return a ``polars.DataFrame`` with ``step`` (Int64), ``value`` and ``timestamp`` (Float64).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from model_checkpoint.performance.statistics import Tally
 from model_checkpoint.utils.fork import watch
 
 log = logging.getLogger(__name__)
+_SHORT = 1.0  # seconds; an error that took longer to come was one of waiting, and would take as long again
 _LONGEST_PAUSE = 30.0  # seconds between two tries of a database that is away
 
 
@@ -35,6 +37,7 @@ class MetricLog:
 
     Attributes:
         pending: what waits to be written, for the statistics; whoever collects it sets it.
+        spooled: points of each batch in the spool; always the same list.
         tally: what was stored, and how long it took.
     """
 
@@ -42,13 +45,15 @@ class MetricLog:
         self._database = database
         self._experiment_id = experiment_id
         self.pending: Sequence[Logged] = ()
-        self.tally = Tally(self, {"buffered_points": lambda log: len(log.pending)})
+        self.spooled: list[int] = []
+        self.tally = Tally(self, {"buffered_points": lambda log: sum(map(_points, tuple(log.pending)))})
         self._start_afresh()
         watch(self)
 
     def _start_afresh(self) -> None:
         self._writer = str(uuid.uuid4())
         self._number = 1
+        self.spooled.clear()
         self._spool = Spool(_folder(self._database) / f"{_prefix(self._database)}{self._experiment_id}.{self._writer}")
         self._next_try = 0.0
         self._pause = 1.0
@@ -81,12 +86,22 @@ class MetricLog:
         except DatabaseError as error:
             if batch:
                 self._put_aside(pack(batch), error)
+                self.spooled.append(sum(map(len, batch.values())))
                 self.tally.count(self._experiment_id, spooled=1)
+                if urgent and time.perf_counter() - started < _SHORT:
+                    self._try_again()
         else:
             if batch:
                 points, took = sum(map(len, batch.values())), time.perf_counter() - started
                 self.tally.count(self._experiment_id, flushes=1, points=points, flush_seconds=took)
         self._number += 1
+
+    def _try_again(self) -> None:
+        """Store what is spooled, if the connection only broke: a save that waits wants to know where the metrics are."""
+        try:
+            self._store({}, urgent=True)
+        except DatabaseError as error:
+            log.debug("%r is still away: %s", self._database, error)
 
     def _store(self, batch: Mapping[str, Columns], urgent: bool) -> None:
         if self._spool and time.monotonic() < self._next_try and not urgent:
@@ -94,6 +109,8 @@ class MetricLog:
         try:
             if self._spool:
                 _replay(self._database, self._experiment_id, self._writer, self._spool)
+                self.tally.count(self._experiment_id, points=sum(self.spooled))
+                self.spooled.clear()
                 log.warning("the database has the metrics of %s again, everything is stored", self._spool.path)
             if batch:
                 self._database.metrics.append(self._experiment_id, batch, (self._writer, self._number))
@@ -146,13 +163,30 @@ def _left_behind(database: EnhancedDatabaseConnection) -> Iterator[Path]:
     return folder.glob(f"{_prefix(database)}*") if folder.is_dir() else iter(())
 
 
+def _points(logged: Logged) -> int:
+    return len(logged[1]) if isinstance(logged[1], Columns) else 1
+
+
 def _prefix(database: EnhancedDatabaseConnection) -> str:
     return hashlib.sha256(database.place.encode()).hexdigest()[:16] + "."
 
 
 def _folder(database: EnhancedDatabaseConnection) -> Path:
-    """Return where metrics wait for a database: beside its file, or in the user's folder for such things."""
+    """Return where metrics wait for a database: beside its file, or in the user's folder for such things.
+
+    A user who has no folder of his own, as in some containers, gets one for temporary files.
+    """
     if "://" not in database.place:
         return Path(f"{database.place}-spool")
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "model_checkpoint" / "spool"
+    home = os.path.expanduser("~")
+    places = [os.path.join(home, ".local", "state")] * (home != "~")
+    places = [os.environ["XDG_STATE_HOME"]] if os.environ.get("XDG_STATE_HOME") else places
+    for base in (*places, os.path.join(tempfile.gettempdir(), f"state-{os.getuid()}")):
+        folder = Path(base) / "model_checkpoint" / "spool"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            continue
+        if os.access(folder, os.R_OK | os.W_OK | os.X_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    return folder  # what is written there says why it cannot be

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from model_checkpoint.database import EnhancedDatabaseConnection, schema
 from model_checkpoint.database.schema import Executes, Migration
 from tests.servers import KINDS, new_database
 
-POINTS = [("loss", 0.5, None, 0), ("acc", 0.1, None, 1), ("loss", None, "nan", None), ("loss", -0.0, None, 2**62)]
+POINTS = [("loss", 0.5, None, 0), ("acc", 0.1, None, 1), ("loss", None, "nan", None), ("loss", None, "-0.0", 2**62)]
 METADATA = {"m": 1, "captured": {"captured_at": 2.5, "git": None}}
 
 
@@ -119,7 +120,7 @@ def test_a_migration_that_ends_at_any_statement_is_done_again_and_nothing_is_los
 
     def cut_off(url: str, last: int) -> int:
         monkeypatch.setattr(schema, "_MIGRATIONS", real[:1])
-        with EnhancedDatabaseConnection(url) as database:
+        with closing(EnhancedDatabaseConnection(url)) as database:
             fill(database)
         wrapped, counted = counting(real, last)
         monkeypatch.setattr(schema, "_MIGRATIONS", wrapped)
@@ -134,7 +135,7 @@ def test_a_migration_that_ends_at_any_statement_is_done_again_and_nothing_is_los
     (tmp_path / "whole").mkdir()
     with new_database(kind, tmp_path / "whole") as url:
         statements = cut_off(url, -1)
-        with EnhancedDatabaseConnection(url) as database:
+        with closing(EnhancedDatabaseConnection(url)) as database:
             expected = shape(database)
         check(url, expected)
     points = sorted(chance.sample(range(statements), min(statements, effort(4, 10**9))))

@@ -210,3 +210,32 @@ def test_without_the_library_the_error_names_the_extra(tmp_path: Path, monkeypat
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingDependencyError, match="dataframes"):
             getattr(history, method)()
+
+
+def test_the_first_and_the_last_point_come_once_also_as_peaks_of_their_blocks(tmp_path: Path) -> None:
+    with ExperimentTracker("run", database_url=f"sqlite:///{tmp_path}/runs.db") as run:
+        run.log_arrays("loss", [1 - i / 300_000 for i in range(300_000)], steps=range(300_000))
+        for points in (4, 10, 50, 100):
+            found = run.metric_history("loss", points).steps
+            assert (found[0], found[-1]) == (0, 299_999)
+            assert len(set(found)) == len(found)
+
+
+def test_a_dataframe_of_pandas_has_large_steps_beside_missing_ones() -> None:
+    pytest.importorskip("pandas")
+    with ExperimentTracker("run", database_url="sqlite:///:memory:") as run:
+        for step in (None, 2**53 + 1, 2**63 - 1, -(2**63)):
+            run.log_metric("loss", 0.5, step)
+        frame = run.metric_history("loss").to_pandas()
+    assert frame["step"].isna().tolist() == [True, False, False, False]
+    assert frame["step"].dropna().tolist() == [2**53 + 1, 2**63 - 1, -(2**63)]
+    assert str(frame["step"].dtype) == "Int64"
+
+
+def test_the_mean_of_both_infinities_is_no_number() -> None:
+    with ExperimentTracker("run", database_url="sqlite:///:memory:") as run:
+        run.log_arrays("loss", [math.inf, -math.inf, 5.0])
+        run.log_arrays("up", [math.inf, 5.0])
+        found = run.metric_summaries()
+    assert math.isnan(found["loss"]["mean"])
+    assert found["up"]["mean"] == math.inf

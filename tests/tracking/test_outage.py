@@ -103,6 +103,49 @@ def test_a_save_whose_commit_has_no_answer_is_whole_or_not_there_and_the_next_on
     tracker.close()
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_save_whose_metrics_were_spooled_notes_them_where_it_stands(
+    proxy: Proxy, tmp_path: Path, blocking: bool
+) -> None:
+    run = ExperimentTracker("run", database_url=proxy.url)
+    with EnhancedCheckpointManager(run, tmp_path / "c") as manager:
+        run.log_arrays("loss", range(10), range(10))
+        proxy.cut_at = COMMIT
+        saved = manager.save_checkpoint({"w": [1.0]}, blocking=blocking)
+        assert proxy.cuts == 1
+    run.log_arrays("loss", range(10, 15), range(10, 15))
+    run.close()
+    with ExperimentTracker.resume(run.experiment_id, proxy.url, at_checkpoint=saved) as run:
+        assert values(run) == [float(i) for i in range(10)]
+
+
+def test_a_block_that_ends_while_the_server_is_away_ends_well(
+    proxy: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExperimentTracker("run", database_url=proxy.url) as run:
+        run.log_metric("loss", 0.5)
+        proxy.take_down()
+    assert "ended as completed" in caplog.text
+    proxy.bring_up()
+    with ExperimentTracker.resume(run.experiment_id, proxy.url) as run:
+        assert values(run) == [0.5]
+
+
+def test_who_has_no_folder_of_his_own_spools_elsewhere(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ExperimentTracker("run", database_url=proxy.url) as run:
+        proxy.take_down()
+        run.log_metric("loss", 0.5)
+        run.flush()
+        assert len(list(tmp_path.glob("state-*/model_checkpoint/spool/*"))) == 1
+        proxy.bring_up()
+        assert values(run) == [0.5]
+
+
 LOG_AND_WAIT = """
 import os, sys
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker

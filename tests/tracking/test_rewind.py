@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
-from model_checkpoint.errors import CheckpointNotFoundError
+from model_checkpoint.errors import CheckpointNotFoundError, DatabaseError
 from tests.servers import KINDS, new_database
 
 
@@ -120,6 +120,29 @@ def test_going_back_to_any_checkpoint_brings_its_metrics_back_also_from_an_earli
     numbers |= set(run.metric_history("loss").values)
     assert numbers == set(range(1, int(value) + 1)), "nothing that was logged is lost"
     run.close()
+
+
+def test_a_save_that_recovery_finishes_is_where_it_was_and_not_where_the_recovery_was(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ExperimentTracker("run", database_url=url)
+
+    def fail(*_: object, **__: object) -> None:
+        raise DatabaseError("away")
+
+    with EnhancedCheckpointManager(run, tmp_path / "c") as manager, monkeypatch.context() as patch:
+        run.log_arrays("loss", range(10), range(10))
+        patch.setattr(run.database.checkpoints, "commit", fail)
+        with pytest.raises(DatabaseError, match="away"):
+            manager.save_checkpoint({"w": [1.0]})
+    run.log_arrays("loss", range(10, 30), range(10, 30))
+    run.flush()
+    with EnhancedCheckpointManager(run, tmp_path / "c") as manager:
+        manager.recover()
+        (saved,) = manager.list_checkpoints()
+    run.close()
+    with ExperimentTracker.resume(run.experiment_id, url, at_checkpoint=saved["checkpoint_id"]) as run:
+        assert steps(run) == list(range(10))
 
 
 def test_going_back_to_the_last_point_cuts_nothing(url: str, tmp_path: Path) -> None:

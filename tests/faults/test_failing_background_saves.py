@@ -343,6 +343,7 @@ while interrupts < int(wanted):
     if interrupts % 50 == 0:
         assert manager.wait(told[-1])
 manager.wait()
+faulthandler.cancel_dump_traceback_later()  # gigabytes are verified
 rows = [row["checkpoint_id"] for row in manager.list_checkpoints()]
 assert set(told) <= set(rows), len(set(told) - set(rows))
 assert manager.verify_experiment_integrity()["failed"] == 0

@@ -50,10 +50,9 @@ while not sys.stdin.closed:
             assert values == [float(i) for i in range(len(values))], name
         assert len(values) >= seen.get(name, 0), name
         seen[name] = len(values)
-    if looks % 5 == 0:
-        print("go on?", flush=True)
-        if not sys.stdin.readline().strip():
-            break
+    print("go on?", flush=True)
+    if not sys.stdin.readline().strip():
+        break
 print(looks, flush=True)
 """
 

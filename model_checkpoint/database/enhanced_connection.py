@@ -39,7 +39,7 @@ class EnhancedDatabaseConnection:
 
     Attributes:
         experiments, metrics, attempts, checkpoints, stores, tombstones, verifications: the tables.
-        place: where it is, for people: a path, or a URL without its password.
+        place: where it is, for people: a path, or a URL without its passwords.
         in_memory: whether it ends with this object.
         max_name: characters of a metric's name, a tag or a project; what is a key on a server has to be short.
 
@@ -92,7 +92,8 @@ class EnhancedDatabaseConnection:
             alone: whether no other such transaction, of any process, runs meanwhile. SQLite knows nothing else.
 
         Raises:
-            DatabaseError: the database refused; nothing of the block was stored.
+            DatabaseError: the database refused, and nothing of the block was stored. Where the server's answer to the
+                commit itself was lost, whether it was stored is unknown, and the text says so.
         """
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model_checkpoint.database.columns import MAX_POINTS, Columns, Point, decode
 from model_checkpoint.errors import DatabaseError
-from model_checkpoint.utils.jsonable import LARGEST
+from model_checkpoint.utils.jsonable import LARGEST, exact, storable
 
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
@@ -54,14 +54,14 @@ class Summary(NamedTuple):
         low, low_step, high, high_step, numbers, total = *self[5:], self.numbers, self.total
         indices = more.extremes()
         for index in indices:
-            value = _storable(more.values[index])
+            value = _or_none(more.values[index])
             if value is not None and (low is None or value < low):
                 low, low_step = value, more.step(index)
             if value is not None and (high is None or value > high):
                 high, high_step = value, more.step(index)
         present = [value for value in more.values if value == value]
-        total = _storable(total + sum(present)) or 0.0
-        last = _storable(more.values[-1])
+        total = _or_none(total + sum(present)) or 0.0
+        last = _or_none(more.values[-1])
         return Summary(
             self.points + len(more), numbers + len(present), total, last, more.step(-1), low, low_step, high, high_step
         )
@@ -69,14 +69,14 @@ class Summary(NamedTuple):
     def told(self) -> dict[str, Any]:
         """Return it as users see it."""
         both = self.low is not None and -self.low == self.high == LARGEST  # infinities, whose sum is no number
-        mean = math.nan if both else (_exact(self.total) or 0.0) / max(1, self.numbers)
+        mean = math.nan if both else (exact(self.total) or 0.0) / max(1, self.numbers)
         return {
             "points": self.points,
-            "last": _exact(self.last),
+            "last": exact(self.last),
             "last_step": self.last_step,
-            "min": _exact(self.low),
+            "min": exact(self.low),
             "min_step": self.low_step,
-            "max": _exact(self.high),
+            "max": exact(self.high),
             "max_step": self.high_step,
             "mean": mean if self.numbers else None,
         }
@@ -312,10 +312,6 @@ def _mixed(logged: Sequence[Logged], indices: Iterable[int], places: Sequence[in
     return made
 
 
-def _exact(value: float | None) -> float | None:
-    return value if value is None or abs(value) < LARGEST else math.copysign(math.inf, value)
-
-
 def _thinned(columns: Columns, places: Sequence[int], stretches: int) -> Columns:
     """Return the first and last point, and the peaks of ``stretches``; ``places`` counts up to each point."""
     chosen = {0, len(columns) - 1}
@@ -328,6 +324,6 @@ def _thinned(columns: Columns, places: Sequence[int], stretches: int) -> Columns
     return columns.pick(sorted(chosen))
 
 
-def _storable(value: float) -> float | None:
-    """Return what stands for ``value`` in a summary: the largest float for infinity, None for NaN."""
-    return None if value != value else max(-LARGEST, min(LARGEST, value))
+def _or_none(value: float) -> float | None:
+    """Return what stands for ``value`` in a summary; None for NaN."""
+    return None if value != value else storable(value)

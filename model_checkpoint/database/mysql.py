@@ -63,6 +63,14 @@ class MySQLDialect:
         """Return what a new connection is told."""
         return f"SET innodb_lock_wait_timeout = {max(1, round(timeout))}"
 
+    def arguments(self, timeout: float) -> Mapping[str, int]:
+        """Return nothing: PyMySQL knows no keepalives."""
+        return {}
+
+    def is_undone(self, connection: Any) -> bool:
+        """Return False: a failed statement undoes itself only; a deadlock, which undoes all, is an error of its own."""
+        return False
+
     def load(
         self, cursor: Callable[[], Any], table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     ) -> None:

@@ -7,7 +7,12 @@ from typing import Any, ClassVar
 
 from model_checkpoint.database.schema import Executes
 
-_LOCK = 0x6D636865636B  # "mcheck": advisory locks have numbers, which all programs of a database share
+# Advisory locks have numbers, which all programs of a database share: "mche", and the schema that the tables are in, or
+# will be in when they are made.
+_LOCK = (
+    f"{0x6D636865 << 32} + CAST(COALESCE((SELECT relnamespace FROM pg_class WHERE oid = to_regclass('migrations')), "
+    "(SELECT oid FROM pg_namespace WHERE nspname = current_schema())) AS BIGINT)"
+)
 
 
 class PostgreSQLDialect:
@@ -19,11 +24,11 @@ class PostgreSQLDialect:
     done_already: frozenset[int] = frozenset()  # a migration is one transaction here
     take_turn = f"SELECT pg_advisory_xact_lock({_LOCK})"
     lock_schema = f"SELECT 1 FROM pg_advisory_lock({_LOCK})"
-    unlock_schema = f"SELECT pg_advisory_unlock({_LOCK})"
+    unlock_schema = "SELECT pg_advisory_unlock_all()"
 
     read_only = "SET default_transaction_read_only = on"
     text_tests: ClassVar[dict[str, str]] = {
-        "matches": "{column} ~ {text}",
+        "matches": '{column} COLLATE "default" ~ {text}',  # "C" knows no letters but those of ASCII
         "contains": "STRPOS({column}, {text}) > 0",
         "startswith": "LEFT({column}, {length}) = {text}",
         "endswith": "RIGHT({column}, {length}) = {text}",
@@ -32,7 +37,8 @@ class PostgreSQLDialect:
     def types(self, connection: Executes) -> Mapping[str, str]:
         """Return what tables are made of."""
         return {
-            **dict.fromkeys(["id", "name", "text"], "TEXT"),
+            # Compared byte by byte, as everywhere, whatever the collation of the database is.
+            **dict.fromkeys(["id", "name", "text"], 'TEXT COLLATE "C"'),
             "big": "BIGINT",
             "real": "DOUBLE PRECISION",
             "blob": "BYTEA",
@@ -47,6 +53,21 @@ class PostgreSQLDialect:
     def setting(self, timeout: float) -> str:
         """Return what a new connection is told."""
         return f"SET lock_timeout = {round(timeout * 1000)}"
+
+    def arguments(self, timeout: float) -> Mapping[str, int]:
+        """Return what lets a peer that answers nothing be noticed after about ``timeout`` seconds, 10 at least."""
+        seconds = max(10, round(timeout))
+        return {
+            "keepalives": 1,
+            "keepalives_idle": seconds // 2,
+            "keepalives_interval": seconds // 6,
+            "keepalives_count": 3,
+            "tcp_user_timeout": seconds * 1000,  # [ms]
+        }
+
+    def is_undone(self, connection: Any) -> bool:
+        """Return whether a failed statement has ended the transaction: nothing else of it counts then."""
+        return bool(connection.info.transaction_status.name == "INERROR")
 
     def load(
         self, cursor: Callable[[], Any], table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]

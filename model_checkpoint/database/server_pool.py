@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,8 +55,16 @@ class Dialect(Protocol):
     def setting(self, timeout: float) -> str:
         """Return the statement that lets a new connection wait ``timeout`` seconds for a lock at most."""
 
+    def arguments(self, timeout: float) -> Mapping[str, int]:
+        """Return what the driver is told, unless the URL says it, so that a silent server is noticed at ``timeout``."""
+
+    def is_undone(self, connection: Any) -> bool:
+        """Return whether a failed statement has made the server undo the transaction of a driver's connection."""
+
 
 _CONNECT_TIMEOUT = 10  # seconds, where the URL does not say
+_SECRETS = re.compile("pass|secret|scram")  # parts of a URL's query that nobody is shown
+_SHORT = 4_000  # characters of a statement that is kept prepared; with 30,000 binds in it, it takes megabytes
 _DIALECTS: dict[str, type[Dialect]] = {"postgresql": PostgreSQLDialect, "mysql": MySQLDialect}
 
 
@@ -76,11 +85,13 @@ class ServerPool(EnhancedDatabaseConnection):
                 "database_url cannot be understood (it is not shown, it may hold a password): "
                 "'postgresql://user:password@host:5432/database', with special characters in the password as %40"
             ) from None
+        secrets = [name for name in url.query if _SECRETS.search(name.lower())]
+        self.place = url.difference_update_query(secrets).render_as_string(hide_password=True)
         if not url.database:
-            raise ConfigurationError(f"database_url {url} names no database; add it: {url}/name")
+            raise ConfigurationError(f"database_url {self.place} names no database; add /name behind its host")
         self.text_tests = self._dialect.text_tests
-        self.place = url.render_as_string(hide_password=True)
-        self._password = url.password
+        values = [value for name in secrets for value in url.normalized_query[name]]
+        self._secrets = [str(value) for value in (url.password, *values) if value]
         self._timeout = busy_timeout
         writers = max(1, pool_size // 3)
         told = self._dialect.setting(busy_timeout)
@@ -93,9 +104,10 @@ class ServerPool(EnhancedDatabaseConnection):
         watch(self)
 
     def _make_engine(self, url: Any, size: int, told: Sequence[str], isolation_level: str) -> Any:
+        arguments = {"connect_timeout": _CONNECT_TIMEOUT, **self._dialect.arguments(self._timeout)}
         engine = self._sqlalchemy.create_engine(
             url.set(drivername=self._dialect.drivername),
-            connect_args={} if "connect_timeout" in url.query else {"connect_timeout": _CONNECT_TIMEOUT},
+            connect_args={name: value for name, value in arguments.items() if name not in url.query},
             isolation_level=isolation_level,  # a look after a lock was taken sees what its last holder has written
             pool_size=size,
             max_overflow=0,
@@ -129,7 +141,7 @@ class ServerPool(EnhancedDatabaseConnection):
                 raise DatabaseError("a transaction that is alone inside one that is not: make the outer one so")
             yield self._mine.connection
             return
-        with self._errors(), self._engine.begin() as raw:
+        with self._errors(), self._engine.connect() as raw:  # rolled back where it is not committed
             connection = _Connection(raw, self._dialect)
             if alone:
                 connection.execute(self._dialect.take_turn)
@@ -138,6 +150,7 @@ class ServerPool(EnhancedDatabaseConnection):
                 yield connection
             finally:
                 self._mine.connection = None
+            self._commit(raw)
 
     def query(
         self, sql: str, parameters: Mapping[str, Any] | None = None, binary: bool = False
@@ -166,7 +179,7 @@ class ServerPool(EnhancedDatabaseConnection):
                     raise DatabaseError(f"database {self.place}: another process migrates it for long; try again")
                 try:
                     more = migrate_once(connection, self.place, self._dialect.types(connection))
-                    raw.commit()
+                    self._commit(raw)
                 finally:
                     raw.rollback()
                     connection.execute(self._dialect.unlock_schema)
@@ -183,10 +196,21 @@ class ServerPool(EnhancedDatabaseConnection):
         try:
             yield
         except (self._sqlalchemy.exc.SQLAlchemyError, self._driver.Error) as error:
-            text = " ".join(str(getattr(error, "orig", None) or error).split())
-            if self._password:
-                text = text.replace(str(self._password), "***")
-            raise DatabaseError(f"database {self.place}: {text}; nothing was stored") from None
+            raise self._failure(error, "nothing was stored") from None
+
+    def _commit(self, raw: Any) -> None:
+        if self._dialect.is_undone(raw.connection.dbapi_connection):  # a commit would be a rollback, and say nothing
+            raise DatabaseError(f"database {self.place}: a statement in the transaction failed; nothing was stored")
+        try:
+            raw.commit()
+        except (self._sqlalchemy.exc.SQLAlchemyError, self._driver.Error) as error:
+            raise self._failure(error, "whether it was stored is unknown, look before you try again") from None
+
+    def _failure(self, error: Exception, outcome: str) -> DatabaseError:
+        text = " ".join(str(getattr(error, "orig", None) or error).split())
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return DatabaseError(f"database {self.place}: {text}; {outcome}")
 
 
 class _Connection:
@@ -197,7 +221,9 @@ class _Connection:
         self._dialect = dialect
 
     def execute(self, sql: str, parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {}, /) -> Any:
-        return self.raw.execute(_prepared(self._dialect.translate, sql), parameters)
+        translate = self._dialect.translate
+        prepared = _prepared(translate, sql) if len(sql) <= _SHORT else _unkept()(translate(sql))
+        return self.raw.execute(prepared, parameters)
 
     def executemany(self, sql: str, parameters: Sequence[Mapping[str, Any]], /) -> Any:
         if parameters:
@@ -233,3 +259,11 @@ def _prepared(translate: Any, sql: str) -> Any:
     from sqlalchemy import text
 
     return text(translate(sql))
+
+
+@lru_cache(1)
+def _unkept() -> Any:
+    """Return the class of a statement that is not kept in SQLAlchemy's own cache either."""
+    from sqlalchemy import TextClause
+
+    return type("Unkept", (TextClause,), {"inherit_cache": False})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.database.columns import Point
+from model_checkpoint.database.columns import Columns, Point, pack, unpack
 from model_checkpoint.database.metrics import grouped
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, DatabaseError, FormatError
@@ -97,7 +96,7 @@ def _parents_first(runs: Sequence[ImportedRun]) -> Iterator[ImportedRun]:
 
 
 def _store(database: EnhancedDatabaseConnection, run: ImportedRun) -> None:
-    # The source is read before the transaction begins, which keeps other writers out.
+    # The source is read, and its points are sorted and grouped, before the transaction begins: it keeps others out.
     with contextlib.closing(_SortedPoints(run.points())) as points:
         experiment = _record(run, points, database.max_name)
         for name in points.names:
@@ -106,9 +105,8 @@ def _store(database: EnhancedDatabaseConnection, run: ImportedRun) -> None:
             if database.experiments.get(experiment.id) is not None:
                 return  # somebody else imported it meanwhile
             database.experiments.create(experiment)
-            remaining = iter(points)
-            while batch := list(islice(remaining, _AT_ONCE)):
-                database.metrics.append(experiment.id, grouped(batch))
+            for batch in points:
+                database.metrics.append(experiment.id, batch)
 
 
 def _record(run: ImportedRun, points: _SortedPoints, limit: int) -> ExperimentRecord:
@@ -129,7 +127,7 @@ def _record(run: ImportedRun, points: _SortedPoints, limit: int) -> ExperimentRe
 
 
 class _SortedPoints:
-    """Points in the order of time and step; those that are equal in both stay in the order given.
+    """Batches of points in the order of time and step; those that are equal in both stay in the order given.
 
     They lie in a temporary file of SQLite's, which sorts there: a run of any length takes a few megabytes of memory.
 
@@ -150,15 +148,23 @@ class _SortedPoints:
                 )
                 self._db.executemany("INSERT INTO points VALUES (?, ?, ?, ?)", numbered)
                 self.first, self.last = self._db.execute("SELECT MIN(time), MAX(time) FROM points").fetchone()
+                self._db.execute("CREATE TABLE batches (content BLOB)")
+                points = self._sorted()
+                while batch := list(islice(points, _AT_ONCE)):
+                    self._db.execute("INSERT INTO batches VALUES (?)", (pack(grouped(batch)),))
         except BaseException:
             self._db.close()
             raise
 
-    def __iter__(self) -> Iterator[Point]:
+    def _sorted(self) -> Iterator[Point]:
         names = list(self.names)
+        for name, value, step, at in self._db.execute("SELECT * FROM points ORDER BY time, step, rowid"):
+            yield names[name], float("nan") if value is None else value, step, at  # SQLite has no NaN, it is NULL
+
+    def __iter__(self) -> Iterator[dict[str, Columns]]:
         with _sorting():
-            for name, value, step, at in self._db.execute("SELECT * FROM points ORDER BY time, step, rowid"):
-                yield names[name], float("nan") if value is None else value, step, at  # SQLite has no NaN, it is NULL
+            for (content,) in self._db.execute("SELECT content FROM batches ORDER BY rowid"):
+                yield unpack(content)
 
     def close(self) -> None:
         """Remove the temporary file."""
@@ -193,8 +199,10 @@ class SQLiteSource:
         if not path.is_file():
             raise ConfigurationError(f"there is no file {path}; name the {tool} database to import from")
         self._path = path
+        self._log = Path(f"{path.resolve()}-wal")
+        self._had_log = self._log.exists()
         try:
-            self._db = _open(path)
+            self._db = _open(path, self._had_log)
         except sqlite3.Error as error:
             raise ConfigurationError(
                 f"{path} cannot be read as a SQLite database: {error}; nothing was imported. {advice}"
@@ -231,22 +239,37 @@ class SQLiteSource:
             ) from error
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, and of what SQLite has put beside it to read it."""
         self._db.close()
+        if not self._had_log and self._log.exists():
+            # The last connection that may write takes the empty log away; removing it by hand could hit a writer.
+            with contextlib.suppress(sqlite3.Error):
+                with contextlib.closing(sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=rw", uri=True)) as last:
+                    _check(last)
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, has_log: bool) -> sqlite3.Connection:
     uri = f"{path.resolve().as_uri()}?mode=ro"
-    wal = f"{path}-wal"
-    # Reading a file in WAL mode makes a -wal and a -shm beside it, which a folder that cannot be written does not take
-    # and which a reader leaves behind. Without a log nobody is writing, and the file can be read as it is; a writer
-    # that begins meanwhile writes to a log first.
-    with open(path, "rb") as content:
-        is_idle_wal = content.read(20)[18:20] == b"\2\2" and not os.path.exists(wal)
-    connection = sqlite3.connect(f"{uri}&immutable=1" if is_idle_wal else uri, uri=True, isolation_level=None)
     try:
-        connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # reads the file: is it a database?
+        return _connect(uri)
+    except sqlite3.OperationalError:
+        with open(path, "rb") as content:
+            if has_log or content.read(20)[18:20] != b"\2\2":
+                raise
+    # Reading a file in WAL mode makes a -wal and a -shm beside it, which a folder that cannot be written does not take.
+    # Nobody writes to it there either, and it can be read as it is.
+    return _connect(f"{uri}&immutable=1")
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+    try:
+        _check(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()  # reads the file: is it a database?

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from model_checkpoint.database.columns import Point
 from model_checkpoint.errors import ConfigurationError, FormatError
 from model_checkpoint.integrations.importing import ImportedRun, OnRun, SQLiteSource, store_runs
+from model_checkpoint.utils.jsonable import LARGEST
 
 _NEEDED = {
     "experiments": ("experiment_id", "name", "lifecycle_stage"),
@@ -24,12 +26,14 @@ _NEEDED = {
 }
 _ADVICE = "Name the file of MLflow's sqlite:/// URI; 'mlflow db upgrade' brings one of an old version up to date"
 _STATUSES = {"FINISHED": "completed", "FAILED": "failed"}  # any other has not come to its end: interrupted
-_CODES = {"3": "FINISHED", "4": "FAILED"}  # what an mlruns folder has for them
-_LARGEST = 1.7976931348623157e308  # what MLflow's database has for infinity
+_CODES = {"1": "RUNNING", "2": "SCHEDULED", "3": "FINISHED", "4": "FAILED"}  # what an mlruns folder has for them
+_UNFINISHED = ("RUNNING", "SCHEDULED")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v"}
 _ESCAPES |= {"N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"}
 _ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))", re.DOTALL)
+
+log = logging.getLogger(__name__)
 
 
 def import_mlflow(
@@ -37,9 +41,11 @@ def import_mlflow(
 ) -> list[str]:
     """Import every run of an MLflow store that was not deleted there; a run that was imported before is left alone.
 
-    The experiment's name becomes the project. Parameters become the config, as numbers where they are written as JSON
-    numbers. Tags go to ``metadata["mlflow_tags"]``, nested runs under their parents, and every point of every metric
-    keeps its step and time. Artifacts and models are not imported. The store is only read.
+    A run that has not ended is left out, which a warning says: what comes after it was imported would never be. The
+    experiment's name becomes the project. Parameters become the config, as numbers where they are written as Python
+    writes the number: ``3.10`` stays a text. Tags go to ``metadata["mlflow_tags"]``, nested runs under their parents,
+    and every point of every metric keeps its step and time. Artifacts and models are not imported. The store is only
+    read.
 
     Args:
         path: the SQLite file, or an ``mlruns`` folder.
@@ -68,6 +74,8 @@ def _runs_of_database(source: SQLiteSource, path: Path) -> Iterator[ImportedRun]
         "WHERE r.lifecycle_stage = 'active' AND e.lifecycle_stage = 'active' ORDER BY r.start_time, r.run_uuid"
     )
     for run_id, name, status, start, end, project in source.rows(sql):
+        if not _has_ended(status, run_id, path):
+            continue
         params, tags = (
             {str(key): "" if value is None else str(value) for key, value in source.rows(sql, {"id": run_id})}
             for sql in (f"SELECT key, value FROM {table} WHERE run_uuid = :id" for table in ("params", "tags"))
@@ -84,7 +92,7 @@ def _points(source: SQLiteSource, run_id: str) -> Iterator[Point]:
     for name, value, step, at, is_nan in source.rows(sql, {"id": run_id}):
         if is_nan:
             value = math.nan
-        elif abs(value) >= _LARGEST:
+        elif abs(value) >= LARGEST:  # what MLflow's database has for infinity
             value = math.copysign(math.inf, value)
         yield str(name), value, step, at
 
@@ -115,12 +123,22 @@ def _run(
     )
 
 
+def _has_ended(status: str, run_id: str, path: Path) -> bool:
+    if status in _UNFINISHED:
+        log.warning(
+            "run %s of %s is %s and was not imported. Import again when it has ended; if its process is gone, end it "
+            "with MlflowClient().set_terminated(run_id, 'KILLED')",
+            *(run_id, path, status),
+        )
+    return status not in _UNFINISHED
+
+
 def _number_or_text(value: str) -> int | float | str:
     # Python reads no integer of more than 4,300 digits; one of more than 300 is no number that anybody compares.
     if len(value) > 300 or not _NUMBER.fullmatch(value):
         return value
     number: int | float = json.loads(value)
-    return number if math.isfinite(number) else value
+    return number if repr(number) == value else value  # 3.10 may be a version
 
 
 def _runs_of_folder(path: Path) -> Iterator[ImportedRun]:
@@ -137,7 +155,8 @@ def _runs_of_folder(path: Path) -> Iterator[ImportedRun]:
         for folder in sorted(experiment.iterdir()):
             if (folder / "meta.yaml").is_file():
                 run = _meta(folder / "meta.yaml")
-                if run.get("lifecycle_stage") != "deleted":
+                status = _CODES.get(run.get("status", ""), "")
+                if run.get("lifecycle_stage") != "deleted" and _has_ended(status, folder.name, path):
                     yield _run_of_folder(path, folder, about.get("name", experiment.name), run)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def import_trackio(
     """Import every run of a trackio project; a run that was imported before is left alone.
 
     The project is the file's name. What trackio adds to a config itself goes to ``metadata["trackio"]``. Logged values
-    that are no numbers (texts, images, tables) are not imported, which a warning says, nor are system metrics. trackio
-    does not store how a run ended: all count as completed. The file is only read.
+    that are no numbers (texts, images, tables) are not imported, which a warning says, nor are system metrics; integers
+    that are too large for a float become infinite. trackio does not store how a run ended: all count as completed. The
+    file is only read.
 
     Args:
         path: the SQLite file.
@@ -57,7 +59,8 @@ def import_trackio(
 
 def _runs(source: SQLiteSource, path: Path) -> Iterator[ImportedRun]:
     # Old versions know a run by its name alone.
-    key = "run_id" if {"run_id"} <= {*source.columns("metrics")} & {*source.columns("configs")} else "run_name"
+    has_ids = {"run_id"} <= {*source.columns("metrics")} & {*source.columns("configs")}
+    key = "COALESCE(run_id, run_name)" if has_ids else "run_name"
     configs = {
         run: (_json(config, path, run), _seconds(created, path, run))
         for run, config, created in source.rows(f"SELECT {key}, config, created_at FROM configs")
@@ -69,7 +72,7 @@ def _runs(source: SQLiteSource, path: Path) -> Iterator[ImportedRun]:
         yield ImportedRun(
             tool="trackio",
             source=str(path),
-            run_id=run if key == "run_id" else f"{path.stem}/{run}",
+            run_id=run if run != name else f"{path.stem}/{name}/{_digest(source, key, run)}",
             name=name,
             project=path.stem,
             points=partial(_points, source, path, key, run),
@@ -77,6 +80,14 @@ def _runs(source: SQLiteSource, path: Path) -> Iterator[ImportedRun]:
             config={name: value for name, value in config.items() if not name.startswith("_")},
             metadata={"trackio": {name: value for name, value in config.items() if name.startswith("_")}},
         )
+
+
+def _digest(source: SQLiteSource, key: str, run: str) -> str:
+    """Return what tells runs of one name in projects of one name apart: their first row, which stays as it is."""
+    metrics = f"SELECT timestamp, step, metrics FROM metrics WHERE {key} = :run ORDER BY id LIMIT 1"
+    config = f"SELECT created_at, config FROM configs WHERE {key} = :run ORDER BY created_at LIMIT 1"
+    first = next((row for sql in (metrics, config) for row in source.rows(sql, {"run": run})), ())
+    return hashlib.sha256(repr(first).encode()).hexdigest()[:16]
 
 
 def _points(source: SQLiteSource, path: Path, key: str, run: str) -> Iterator[Point]:
@@ -98,7 +109,8 @@ def _points(source: SQLiteSource, path: Path, key: str, run: str) -> Iterator[Po
 
 def _json(content: str | bytes, path: Path, run: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
+        # Python reads no integer of more than 4,300 digits, and makes no float of one of more than 308.
+        found = json.loads(content, parse_int=lambda digits: int(digits) if len(digits) <= 300 else float(digits))
         if not isinstance(found, dict):
             raise ValueError(f"it is no object but {found!r:.50}")
     except (ValueError, TypeError, RecursionError) as error:
@@ -115,9 +127,8 @@ def _decoded(value: Any) -> Any:
 
 
 def _seconds(timestamp: Any, path: Path, run: str) -> float:
-    """Return Unix seconds of a time as trackio writes it; one without a zone counts as UTC."""
+    """Return Unix seconds of a time as trackio writes it; old versions wrote local time, without a zone."""
     try:
-        at = datetime.fromisoformat(timestamp.replace("Z", "+00:00"))  # Python 3.10 reads no Z
-    except (ValueError, AttributeError) as error:
+        return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()  # Python 3.10 reads no Z
+    except (ValueError, AttributeError, OverflowError) as error:
         raise FormatError(f"run {run} of {path} has the time {timestamp!r}: {error}; {_MEND}") from error
-    return (at if at.tzinfo else at.replace(tzinfo=timezone.utc)).timestamp()

@@ -23,14 +23,14 @@ from model_checkpoint.query.language import (
     parse,
     parse_field,
 )
-from model_checkpoint.utils.jsonable import LARGEST, dumps
+from model_checkpoint.utils.jsonable import LARGEST, dumps, storable
 
 # Of a series: what users call it -> its column.
 _PARTS = {
     "last": "last",
     "min": "low",
     "max": "high",
-    "mean": "total / NULLIF(numbers, 0)",
+    "mean": "CASE WHEN ABS(total) >= :largest THEN total ELSE total / NULLIF(numbers, 0) END",
     "points": "points",
 }
 _EXPERIMENT = {
@@ -57,6 +57,7 @@ _CHECKPOINT = {
     "age": "(:now - c.created_at)",
 }
 _TEXTS = {"id", "name", "project", "status", "parent", "forked_from", "experiment_id", "checkpoint_type"}
+_WHOLE = {"epoch", "step", "size", "pinned", "points"}  # columns of 64-bit integers; all other numbers are floats
 
 
 # What the rows of a kind are read from, and what comes last in every order.
@@ -166,6 +167,8 @@ def compile_columns(text: str, made: Compiled, now: float) -> list[str]:
 class _Column(Protocol):
     """A field in SQL; each method returns a condition that is true or false, never NULL."""
 
+    is_whole: bool  # whether its numbers are 64-bit integers
+
     @property
     def sort_keys(self) -> list[str]:
         """What to sort by."""
@@ -180,6 +183,7 @@ class _Scalar:
 
     column: str
     is_text: bool
+    is_whole: bool
 
     @property
     def sort_keys(self) -> list[str]:
@@ -199,10 +203,18 @@ class _Child:
     number: str
     text: str
     sort_keys: list[str]
+    is_whole: bool
 
     def meets(self, condition: str) -> str:
         inner = condition.format(number=self.number, text=self.text)
         return f"{self.owner} IN ({self.rows} AND {inner})"
+
+
+def _joined(parts: list[str], word: str) -> str:
+    if len(parts) > 100:  # SQLite takes a tree of 1,000 levels, and each word is one
+        half = len(parts) // 2
+        parts = [_joined(parts[:half], word), _joined(parts[half:], word)]
+    return f"({word.join(parts)})"
 
 
 class _Compiler:
@@ -213,29 +225,26 @@ class _Compiler:
         self._made = made
         self._now = now
 
-    def _bind(self, value: Value) -> str:
-        if isinstance(value, bool):
-            value = int(value)
-        if isinstance(value, float):
-            value = max(-LARGEST, min(LARGEST, value))
+    def _bind(self, value: Value, is_whole: bool = False) -> str:
+        if isinstance(value, (int, float)):  # an integer in a column of floats was rounded, too
+            fits = is_whole and isinstance(value, int) and -(2**63) <= value < 2**63
+            value = int(value) if fits else storable(value)
         name = f"q{len(self._made.binds)}"
         self._made.binds[name] = value
         return f":{name}"
 
     def condition(self, node: Node) -> str:
         if isinstance(node, Every):
-            return "(" + (" OR " if node.any else " AND ").join(map(self.condition, node.nodes)) + ")"
+            return _joined(list(map(self.condition, node.nodes)), " OR " if node.any else " AND ")
         if isinstance(node, Not):
             return f"(NOT {self.condition(node.node)})"
         if isinstance(node, Holds):
             return self._holds(node)
         column = self._column(node.field)
         if isinstance(node, Compare):
-            return column.meets(self._comparison(node.operator, node.value))
+            return column.meets(self._comparison(node.operator, node.value, column.is_whole))
         if isinstance(node, Member):
-            wanted = [column.meets(self._comparison("=", value)) for value in node.values if value is not None]
-            wanted += [self._missing(column)] * (None in node.values)
-            return "(" + " OR ".join(wanted or ["1 = 0"]) + ")"
+            return self._member(node, column)
         if isinstance(node, Missing):
             return self._missing(column)
         if isinstance(node, Flag):
@@ -245,8 +254,18 @@ class _Compiler:
     def _missing(self, column: _Column) -> str:
         return f"(NOT {column.meets('({number} IS NOT NULL OR {text} IS NOT NULL)')})"
 
-    def _comparison(self, operator: str, value: Value) -> str:
-        place = self._bind(value)
+    def _member(self, node: Member, column: _Column) -> str:
+        texts = ", ".join(self._bind(value) for value in node.values if isinstance(value, str))
+        numbers = ", ".join(
+            self._bind(value, column.is_whole) for value in node.values if isinstance(value, (int, float))
+        )
+        wanted = [column.meets(f"({{number}} IN ({numbers}))")] if numbers else []
+        wanted += [column.meets(f"({{number}} IS NULL AND {{text}} IN ({texts}))")] if texts else []
+        wanted += [self._missing(column)] * (None in node.values)
+        return "(" + " OR ".join(wanted or ["1 = 0"]) + ")"
+
+    def _comparison(self, operator: str, value: Value, is_whole: bool) -> str:
+        place = self._bind(value, is_whole)
         if not isinstance(value, str):
             other = " OR ({number} IS NULL AND {text} IS NOT NULL)" if operator == "<>" else ""
             return f"({{number}} {operator} {place}{other})"
@@ -300,12 +319,14 @@ class _Compiler:
     def _scalar(self, column: str, name: str) -> _Column:
         if ":now" in column:
             self._made.binds["now"] = self._now
-        return _Scalar(column, name in _TEXTS)
+        return _Scalar(column, name in _TEXTS, name in _WHOLE)
 
     def _child(self, table: str, owner: str, row: str, name: str, number: str, join: bool) -> _Column:
         place = self._bind(name)
         only = " AND attempt = 0" if table == "series" else ""
         text = "text" if table == "parameters" else "NULL"
+        if ":largest" in number:
+            self._made.binds["largest"] = LARGEST
         rows = f"SELECT {owner} FROM {table} WHERE name = {place}{only}"
         keys = []
         if join:
@@ -313,7 +334,7 @@ class _Compiler:
             columns = f"{owner} AS owner, {number} AS number, {text} AS text"
             self._made.joins.append(_Join(f"(SELECT {columns} FROM {table} WHERE name = {place}{only})", alias, row))
             keys = [f"{alias}.number", f"{alias}.text"] if table == "parameters" else [f"{alias}.number"]
-        return _Child(row, rows, number, text, keys)
+        return _Child(row, rows, number, text, keys, number in _WHOLE)
 
     def _error(self, problem: str, wanted: Field) -> QueryError:
         return QueryError(problem, self._text, wanted.column)

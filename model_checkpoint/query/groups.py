@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import Any
+
+from model_checkpoint.utils.jsonable import LARGEST
 
 # Student's t at 97.5 %, for 1 to 30 degrees of freedom; from any table of it.
 _T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -20,9 +22,9 @@ class Group:
     Attributes:
         value: what they share; None for those that have none.
         n: how many of them have a number.
-        mean: of their numbers; None where there is none.
-        std: the standard deviation of a sample; None below two.
-        interval: within which the mean of all such runs lies at 95 %, by Student's t; None below two.
+        mean: of their numbers; None where there is none, NaN with infinities of both signs.
+        std: the standard deviation of a sample; None below two, and with an infinity.
+        interval: within which the mean of all such runs lies at 95 %, by Student's t; None where ``std`` is.
     """
 
     value: Any
@@ -35,12 +37,15 @@ class Group:
 def group_of(value: Any, numbers: Sequence[float]) -> Group:
     """Return the group of runs with these numbers."""
     n = len(numbers)
-    mean = fmean(numbers) if n else None
-    if mean is None or n < 2 or not math.isfinite(mean):
-        return Group(value, n, mean, None, None)
-    std = stdev(numbers)
+    middle = mean(map(float, numbers)) if n else None
+    if middle is None or n < 2 or not math.isfinite(middle):
+        return Group(value, n, middle, None, None)
+    try:
+        std = stdev(numbers)
+    except OverflowError:  # of their squares
+        std = stdev([number / LARGEST for number in numbers]) * LARGEST
     half = _t(n - 1) * std / math.sqrt(n)
-    return Group(value, n, mean, std, (mean - half, mean + half))
+    return Group(value, n, middle, std, (middle - half, middle + half))
 
 
 def _t(freedom: int) -> float:

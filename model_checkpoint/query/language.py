@@ -8,6 +8,7 @@ Nothing of it is ever run: names are looked up in a table, values become binds o
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 
 from model_checkpoint.errors import QueryError
@@ -227,15 +228,21 @@ class _Parser:
         place = tree
         while True:
             if isinstance(place, ast.Attribute):
-                parts.append(place.attr)
+                parts.append(self._written(place))
                 place = place.value
             elif isinstance(place, ast.Subscript) and isinstance(place.slice, ast.Constant):
                 parts.append(str(place.slice.value))
                 place = place.value
             elif isinstance(place, ast.Name):
-                return Field((place.id, *reversed(parts)), self.at(tree))
+                return Field((self._written(place), *reversed(parts)), self.at(tree))
             else:
                 raise self.error("here a name is needed, such as config.lr", self.at(place))
+
+    def _written(self, tree: ast.Name | ast.Attribute) -> str:
+        """Return a name as the text has it: Python's parser makes another one (NFKC) of ``µ`` and its like."""
+        line = re.split("\r\n?|\n", f"({self._text}")[(tree.end_lineno or 1) - 1].encode()
+        start = tree.col_offset if isinstance(tree, ast.Name) else 0
+        return re.split(r"[\s.\\]", line[start : tree.end_col_offset].decode())[-1]
 
     @staticmethod
     def _is_value(tree: ast.expr) -> bool:
@@ -244,8 +251,6 @@ class _Parser:
     def value(self, tree: ast.expr) -> Value:
         """Return the value of a literal, or of days(7) and the like in seconds."""
         if isinstance(tree, ast.Constant) and isinstance(tree.value, (str, int, float, type(None))):
-            if isinstance(tree.value, int) and not -(2**63) <= tree.value < 2**63:
-                raise self.error("this number does not fit into 64 bits", self.at(tree))
             if isinstance(tree.value, str) and ("\0" in tree.value or not _is_sound(tree.value)):
                 raise self.error("this text has a character that no database stores", self.at(tree))
             return tree.value
@@ -256,6 +261,8 @@ class _Parser:
         if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _UNITS:
             number = self._only_argument(tree)
             if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if not abs(number) < 2**63 / _UNITS[tree.func.id]:
+                    raise self.error("this many seconds do not fit into 64 bits", self.at(tree))
                 return number * _UNITS[tree.func.id]
         allowed = f"a number, a text, True, False, None, or {', '.join(f'{unit}(1)' for unit in _UNITS)}"
         raise self.error(f"here a value is needed: {allowed}", self.at(tree))

@@ -1,10 +1,13 @@
-"""What a run needs to be repeated: commit and patch, command, packages, host. Secrets are taken out before storing."""
+"""What a run needs to be repeated: commit and patch, command, packages, host.
+
+Secrets in arguments and URLs are hidden where a name tells that they are some. The patch is stored as it is.
+"""
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
 import logging
-import math
 import os
 import platform
 import pwd
@@ -12,6 +15,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from model_checkpoint.errors import ConfigurationError
-from model_checkpoint.tracking.gpus import described, find_nvml
+from model_checkpoint.tracking.gpus import described, loaded_nvml
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +34,15 @@ _GIT_SECONDS = 2.0  # for all calls of git together
 _MAX_PATCH = 1 << 20  # 1 MiB
 _MAX_UNTRACKED = 100  # names
 _HIDDEN = "***"
-_SECRET = re.compile(  # whole words: --max-tokens and --tokenizer are none
-    r"(^|[-_.])(passwords?|passwd|passphrase|pwd|secrets?|token|credentials?|auth|"
-    r"api[-_.]?keys?|(access|private)[-_.]?keys?)($|[-_.])"
+_SECRET = re.compile(  # whole words: --max-tokens, --tokenizer and --sort-key are none; Hydra has +token and ~token
+    r"(^|[-_.+~])([a-z]*passwords?|passwd|passphrase|pwd|secrets?|token|credentials?|auth|"
+    r"(api|access|private|signing|encryption|wandb|openai|anthropic|comet|neptune|hf|aws|azure)[-_.]?keys?)($|[-_.])"
 )
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # between the words of apiKey, HFToken
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
-# What "git apply" takes, whatever the user has configured; no program of his is run.
+_QUERY = re.compile(r"(?<=[?&])([^?&=\s]+)=[^&#\s]*")
+# What "git apply" takes, whatever the user has configured. No program of his is run but the filters through which git
+# reads his files, filter.<name>.clean: without them every file of theirs would count as changed.
 _PLAIN_DIFF: tuple[str, ...] = (
     "-c",
     "diff.noprefix=false",
@@ -44,7 +51,7 @@ _PLAIN_DIFF: tuple[str, ...] = (
     "-c",
     "diff.relative=false",
 )
-_PLAIN_DIFF += ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--submodule=short")
+_PLAIN_DIFF += ("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--submodule=short", "--binary", "--unified=3")
 _QUIET = {
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_TERMINAL_PROMPT": "0",
@@ -58,9 +65,11 @@ class Capture:
 
     Attributes:
         git: of the repository that the process runs in: commit, branch, remote URL, whether tracked files differ from
-            the commit and the patch of it (1 MiB at most), and the names of untracked files (100 at most).
-        command: arguments, interpreter, working directory, script. The values of options whose names look like
-            secrets, ``--token`` or ``--db-password``, are hidden; others are not, nor are positional arguments.
+            the commit and the patch of it (1 MiB at most; with whatever secrets are in those files; None where one is
+            no UTF-8), and the names of untracked files (100 at most).
+        command: arguments, interpreter, working directory, script. The values of options and of parts of URLs whose
+            names look like secrets, ``--token`` or ``?password=``, are hidden; others are not, nor are positional
+            arguments.
         packages: the version of Python and of every installed package.
         host: its name, user, CPU, memory and GPUs.
         system_metrics: whether the machine is watched while the run goes on; see ``SystemSampler``.
@@ -68,7 +77,8 @@ class Capture:
         interval: seconds between two samples of the system metrics.
 
     Raises:
-        ConfigurationError: ``environment`` holds no names, or ``interval`` is no positive number.
+        ConfigurationError: ``environment`` holds no names, or ``interval`` is no positive number that a thread can
+            wait for.
     """
 
     git: bool = True
@@ -82,8 +92,11 @@ class Capture:
     def __post_init__(self) -> None:
         if type(self.environment) is not tuple or not all(isinstance(name, str) for name in self.environment):
             raise ConfigurationError(f"environment must be a tuple of names, not {self.environment!r}")
-        if not (isinstance(self.interval, (int, float)) and 0 < self.interval < math.inf):
-            raise ConfigurationError(f"interval must be a number of seconds above 0, not {self.interval!r}")
+        if not (isinstance(self.interval, (int, float)) and 0 < self.interval <= threading.TIMEOUT_MAX):
+            raise ConfigurationError(
+                f"interval must be a number of seconds above 0, {threading.TIMEOUT_MAX:.0f} at most, not "
+                f"{self.interval!r}; Capture(system_metrics=False) takes no samples"
+            )
 
     @classmethod
     def none(cls) -> Capture:
@@ -114,14 +127,6 @@ def in_force(capture: Capture | None) -> Capture:
     return Capture() if capture is None else capture
 
 
-def captured(capture: Capture) -> dict[str, Any]:
-    """Return what is captured, as JSON values; a part that cannot be found out is None, and the log says so (DEBUG).
-
-    Takes up to three seconds; it never asks for anything, and imports no framework.
-    """
-    return {**at_once(capture), **later(capture, folder())}
-
-
 def folder() -> str | None:
     """Return the working directory; None where it was removed."""
     try:
@@ -131,7 +136,7 @@ def folder() -> str | None:
 
 
 def at_once(capture: Capture) -> dict[str, Any]:
-    """Return the parts that the program itself may change soon, in well under a millisecond; see ``captured``."""
+    """Return the parts that the program itself may change soon, in well under a millisecond; see ``later``."""
     parts: dict[str, Any] = {"captured_at": time.time()}
     if capture.command:
         parts["command"] = _part("command", _command)
@@ -141,7 +146,10 @@ def at_once(capture: Capture) -> dict[str, Any]:
 
 
 def later(capture: Capture, cwd: str | None) -> dict[str, Any]:
-    """Return the parts that take a while; see ``captured``.
+    """Return the parts that take a while, up to three seconds, as JSON values.
+
+    A part that cannot be found out is None, and the log says so (DEBUG). It never asks for anything, and imports no
+    framework.
 
     Args:
         capture: which.
@@ -178,19 +186,28 @@ def _command() -> dict[str, Any]:
 def _without_secrets(argv: list[str]) -> Iterator[str]:
     before = ""
     for argument in argv:
-        name, equals, _ = argument.partition("=")
         if before.startswith("-") and "=" not in before and _is_secret(before):
             yield _HIDDEN
-        elif equals and _is_secret(name):  # Hydra's arguments have no dashes
-            yield f"{name}={_HIDDEN}"
         else:
-            yield _CREDENTIALS.sub(f"://{_HIDDEN}@", argument)
+            yield _without_value(_public(argument, f"://{_HIDDEN}@"))
         before = argument
 
 
+def _without_value(argument: str) -> str:
+    """Hide the value of ``token=x``, also within ``--env=token=x``; Hydra's arguments have no dashes."""
+    *names, _ = parts = argument.split("=")
+    secret = next((index for index, name in enumerate(names) if _is_secret(name)), None)
+    return argument if secret is None else "=".join([*parts[: secret + 1], _HIDDEN])
+
+
+def _public(text: str, instead: str) -> str:
+    """Return ``text`` with ``instead`` in place of the credentials of URLs, and the secrets of their queries hidden."""
+    hidden = _QUERY.sub(lambda found: f"{found[1]}={_HIDDEN}" if _is_secret(found[1]) else found[0], text)
+    return _CREDENTIALS.sub(instead, hidden)
+
+
 def _is_secret(option: str) -> bool:
-    words = re.sub(r"([a-z])([A-Z])", r"\1-\2", option)  # apiKey
-    return _SECRET.search(words.lower()) is not None
+    return _SECRET.search(_CAMEL.sub("-", option).lower()) is not None
 
 
 def _packages() -> dict[str, Any]:
@@ -211,7 +228,7 @@ def _host() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": _part("gpus", lambda: described(find_nvml())),
+        "gpus": _part("gpus", lambda: described(loaded_nvml())),
     }
 
 
@@ -232,32 +249,48 @@ def _cpu() -> str:
 
 
 def _git(cwd: str | None) -> dict[str, Any]:
+    # The cheap ones first: in a large tree the others may take all the time there is.
     deadline = time.monotonic() + _GIT_SECONDS
-    about = _call_git(
-        cwd, deadline, "status", "--porcelain=v2", "--branch", "-z", "--no-renames", "--untracked-files=normal"
-    )
-    entries = about.decode("utf-8", "replace").split("\0")
-    headers = dict(entry[2:].split(" ", 1) for entry in entries if entry.startswith("# branch."))
-    untracked = [entry[2:] for entry in entries if entry.startswith("? ")]
-    dirty = any(entry[:2] in ("1 ", "u ") for entry in entries)  # changed, in conflict
-    commit = headers["branch.oid"] if headers["branch.oid"] != "(initial)" else None
-    branch = headers["branch.head"] if headers["branch.head"] != "(detached)" else None
-    patch = _part("patch", lambda: _patch(cwd, deadline)) if dirty and commit else {"patch": ""}
+    commit = _line(cwd, deadline, "rev-parse", "--verify", "--quiet", "HEAD")
+    branch = _part("branch", lambda: _line(cwd, deadline, "symbolic-ref", "--quiet", "HEAD"))
+    remote = _part("remote", lambda: _remote(cwd, deadline))
+    dirty = _part("status", lambda: _status(cwd, deadline, "no") != [])
+    patch = _part("patch", lambda: _patch(cwd, deadline)) if commit and dirty is not False else {"patch": ""}
+    untracked = _part("untracked files", lambda: _status(cwd, deadline, "normal"))
     return {
         "commit": commit,
-        "branch": branch,
-        "remote": _remote(cwd, deadline),
+        "branch": branch and branch.removeprefix("refs/heads/"),
+        "remote": remote,
         "dirty": dirty,
         "patch": None,
         "patch_truncated": False,
         **(patch or {}),
-        "untracked": untracked[:_MAX_UNTRACKED],
+        "untracked": untracked and [entry[2:] for entry in untracked if entry.startswith("? ")][:_MAX_UNTRACKED],
     }
+
+
+def _line(cwd: str | None, deadline: float, *arguments: str) -> str | None:
+    """Return what git answers; None where it says quietly that there is nothing."""
+    try:
+        return _call_git(cwd, deadline, *arguments).decode("utf-8", "replace").rstrip("\n")
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 1:
+            return None
+        raise
+
+
+def _status(cwd: str | None, deadline: float, untracked: str) -> list[str]:
+    """Return an entry for each file that was changed, is in conflict or untracked."""
+    about = _call_git(cwd, deadline, "status", "--porcelain=v2", "-z", "--no-renames", f"--untracked-files={untracked}")
+    return [entry for entry in about.decode("utf-8", "replace").split("\0") if entry]
 
 
 def _patch(cwd: str | None, deadline: float) -> dict[str, Any]:
     patch = _call_git(cwd, deadline, *_PLAIN_DIFF, "HEAD")
-    return {"patch": patch[:_MAX_PATCH].decode("utf-8", "replace"), "patch_truncated": len(patch) > _MAX_PATCH}
+    text = codecs.getincrementaldecoder("utf-8")().decode(patch[:_MAX_PATCH])  # it may be cut within a character
+    if "\0" in text:
+        raise ValueError("it holds NUL, which no database stores in a text")
+    return {"patch": text, "patch_truncated": len(patch) > _MAX_PATCH}
 
 
 def _remote(cwd: str | None, deadline: float) -> str | None:
@@ -268,7 +301,7 @@ def _remote(cwd: str | None, deadline: float) -> str | None:
         return None  # it has none
     urls = dict(entry.split("\n", 1) for entry in listed.decode("utf-8", "replace").split("\0") if "\n" in entry)
     url = urls.get("remote.origin.url", next(iter(urls.values()), None))
-    return None if url is None else _CREDENTIALS.sub("://", url)
+    return None if url is None else _public(url, "://")
 
 
 def _call_git(cwd: str | None, deadline: float, *arguments: str) -> bytes:

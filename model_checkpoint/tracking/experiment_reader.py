@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
 from model_checkpoint.tracking.history import MetricHistory, history_of
 from model_checkpoint.tracking.queries import Queries
-from model_checkpoint.tracking.report import FORMATS, render
+from model_checkpoint.tracking.report import FORMATS, MAX_POINTS, Chart, Contents, render
 
 
 class ExperimentReader:
@@ -75,13 +78,13 @@ class ExperimentReader:
             KeyError: nothing was logged under this name.
             ConfigurationError: ``max_points`` is below 4.
         """
+        if max_points is not None and max_points < 4:
+            raise ConfigurationError(f"max_points must be at least 4 or None, not {max_points}")
         self.flush()
         metrics = self.database.metrics
         series = metrics.names(self.experiment_id, attempt)
         if name not in series:
             raise KeyError(f"no metric {name!r} was logged; there are {', '.join(series) or 'none'}")
-        if max_points is not None and max_points < 4:
-            raise ConfigurationError(f"max_points must be at least 4 or None, not {max_points}")
         columns = metrics.columns(series[name]) if max_points is None else metrics.curve(series[name], max_points)
         return history_of(name, columns, metrics.summaries(self.experiment_id, attempt, system=True)[name].points)
 
@@ -111,12 +114,26 @@ class ExperimentReader:
         """
         if format_type not in FORMATS:
             raise ConfigurationError(f"report format {format_type!r} is unknown; use one of {', '.join(FORMATS)}")
-        metrics = self.get_metrics()
         path = Path(output_dir) / f"report_{self.experiment_id}.{format_type}"
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoints = self.database.checkpoints.of_experiment(self.experiment_id)
-        path.write_text(render(format_type, self.record, metrics, checkpoints), encoding="utf-8")
+        text = render(format_type, Contents(self.record, checkpoints, self.get_metrics, self._charts))
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return str(path)
+
+    def _charts(self) -> Iterator[Chart]:
+        self.flush()
+        metrics = self.database.metrics
+        summaries = metrics.summaries(self.experiment_id)
+        series = metrics.names(self.experiment_id)  # read second: it has every name of the first
+        for name, summary in summaries.items():
+            if summary.points:
+                yield Chart(name, metrics.curve(series[name], MAX_POINTS), summary.told())
 
     @property
     def attempts(self) -> list[Attempt]:

@@ -78,8 +78,16 @@ class ExperimentNode:
 
     def lines(self, indent: str = "") -> list[str]:
         """Return the tree as text, a line an experiment."""
-        told = f"{indent}{self.name} ({self.status}, {self.totals.checkpoints} checkpoints) {self.id}"
-        return [told, *(line for child in self.children for line in child.lines(f"{indent}  "))]
+        placed: list[tuple[str, ExperimentNode]] = []
+        waiting = [(indent, self)]
+        while waiting:
+            placed.append(waiting.pop())
+            inner = f"{placed[-1][0]}  "
+            waiting += [(inner, child) for child in reversed(placed[-1][1].children)]
+        below: dict[str, int] = {}  # id -> checkpoints of it and everything below it
+        for _, node in reversed(placed):
+            below[node.id] = node.own.checkpoints + sum(below[child.id] for child in node.children)
+        return [f"{at}{node.name} ({node.status}, {below[node.id]} checkpoints) {node.id}" for at, node in placed]
 
 
 def build_tree(rows: Iterable[tuple[Any, ...]]) -> dict[str, ExperimentNode]:

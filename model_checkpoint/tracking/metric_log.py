@@ -97,7 +97,7 @@ class MetricLog:
         self._number += 1
 
     def _try_again(self) -> None:
-        """Store what is spooled, if the connection only broke: a save that waits wants to know where the metrics are."""
+        """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand."""
         try:
             self._store({}, urgent=True)
         except DatabaseError as error:

@@ -13,7 +13,7 @@ from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
 from model_checkpoint.query import Compiled, compile_columns, compile_filter, compile_order
 from model_checkpoint.query.groups import Group, differences, group_of
 from model_checkpoint.tracking.hierarchy import ExperimentNode, Project, Totals, build_tree
-from model_checkpoint.utils.jsonable import flatten
+from model_checkpoint.utils.jsonable import exact, flatten
 
 
 class Queries:
@@ -33,7 +33,8 @@ class Queries:
     means that.
 
     A condition on what is not there is false, so that ``not`` of it is true. Regular expressions match anywhere, and
-    are those of the database: Python's on SQLite, POSIX on PostgreSQL, PCRE on MariaDB.
+    are those of the database: Python's on SQLite, POSIX on PostgreSQL, PCRE on MariaDB. Python's can take very long
+    where the pattern is made for it, such as ``(a+)+$``: take none from people whom you do not trust.
 
     Args:
         database: a URL, or a connection, which stays its owner's.
@@ -97,23 +98,35 @@ class Queries:
         rows = self.database.query(f"SELECT {wanted}, {', '.join(shared)} FROM {made.source}", made.binds)
         groups: dict[Any, list[float]] = {}
         for number, *value in rows:
-            groups.setdefault(_config_value(*value) if len(value) == 2 else value[0], []).extend(
-                [number] * isinstance(number, (int, float))
+            groups.setdefault(_config_value(*value) if len(value) == 2 else exact(value[0]), []).extend(
+                [exact(number)] * isinstance(number, (int, float))
             )
         found = [group_of(value, numbers) for value, numbers in groups.items()]
-        return sorted(found, key=lambda group: (group.mean is None, -(group.mean or 0.0)))
+        # NaN is the mean of infinities of both signs.
+        return sorted(found, key=lambda g: (g.mean is None or g.mean != g.mean, -(g.mean or 0.0)))
 
     def tree(self, project: str | None = None, root: str | None = None) -> list[ExperimentNode]:
         """Return experiments with their children below them, oldest first, each with the totals of all below it.
 
         Args:
-            project: only of this project; None for all.
+            project: only of this project, also below experiments of another one; None for all.
             root: only this experiment and what is below it.
 
         Raises:
             ExperimentNotFoundError: there is no such ``root``.
         """
-        nodes = build_tree(
+        nodes = self._nodes()
+        if root is not None:
+            if root not in nodes:
+                raise ExperimentNotFoundError(f"experiment {root!r} is not in {self.database!r}")
+            return [nodes[root]]
+        if project is None:
+            return [node for node in nodes.values() if node.parent_id not in nodes]
+        inside = {node.id for node in nodes.values() if node.project == project}
+        return [nodes[id] for id in nodes if id in inside and nodes[id].parent_id not in inside]
+
+    def _nodes(self) -> dict[str, ExperimentNode]:
+        return build_tree(
             self.database.query(
                 "SELECT e.id, e.name, e.project, e.parent_id, e.status, e.created_at, e.points, "
                 "COALESCE(c.number, 0), COALESCE(c.bytes, 0) FROM experiments e LEFT JOIN "
@@ -122,18 +135,12 @@ class Queries:
                 "ORDER BY e.created_at, e.id"
             )
         )
-        if root is not None:
-            if root not in nodes:
-                raise ExperimentNotFoundError(f"experiment {root!r} is not in {self.database!r}")
-            return [nodes[root]]
-        tops = [node for node in nodes.values() if node.parent_id not in nodes]
-        return [node for node in tops if project is None or node.project == project]
 
     def projects(self) -> dict[str | None, Project]:
         """Return name -> project, of all that have an experiment."""
         totals: dict[str | None, Totals] = {}
-        for node in self.tree():
-            totals[node.project] = totals.get(node.project, Totals()) + node.totals
+        for node in self._nodes().values():
+            totals[node.project] = totals.get(node.project, Totals()) + node.own
         described = self.database.experiments.projects()
         found = {}
         for name, total in totals.items():
@@ -201,4 +208,6 @@ def _config_value(number: float | None, text: str | None) -> Any:
     """Return what a leaf of a config was: of a number, the text is its ``repr``."""
     if number is None or text is None:
         return text
-    return {"True": True, "False": False}.get(text, number if "." in text or "e" in text else int(text))
+    if text in ("True", "False"):
+        return text == "True"
+    return float(text) if set(text) & set(".en") else int(text)  # 0.5, 1e+16, inf

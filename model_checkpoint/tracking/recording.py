@@ -40,7 +40,10 @@ class Recording:
             log_: see ``SystemSampler``.
             resumed: whether what is found is an entry of the list ``resumed`` of the capture that there is.
         """
-        find_nvml()  # imported here: a fork while a thread imports it would leave the child unable to
+        # Imported here: a fork while a thread imports them would leave the child unable to.
+        find_nvml()
+        import email.parser  # noqa: F401 - importlib.metadata imports it when it reads the first package
+
         if found is not None:
             self._capture(wanted, found, resumed)
         if wanted.system_metrics:

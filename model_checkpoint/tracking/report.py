@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from model_checkpoint.database.columns import Columns
 from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
 from model_checkpoint.utils.jsonable import escape
 
-Metrics = Sequence[Mapping[str, Any]]  # as ExperimentTracker.get_metrics() returns them
 Checkpoints = Sequence[CheckpointRecord]
+MAX_POINTS = 2000  # a chart's line; more cannot be seen and only makes the file large
 
 _WIDTH, _HEIGHT = 640, 200  # of a chart, in CSS pixels
-_MAX_POINTS = 2000  # a chart's line; more cannot be seen and only makes the file large
 
 _STYLE = """
 :root{color-scheme:light dark}
@@ -33,28 +33,54 @@ svg{width:100%;height:auto}
 """
 
 
-def render(format_type: str, experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoints) -> str:
-    """Return the report's text.
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """One metric as it is drawn.
 
-    Args:
-        format_type: a name of ``FORMATS``.
-        experiment: whose report it is.
-        metrics: its points in the order logged.
-        checkpoints: its checkpoints, oldest first.
+    Attributes:
+        name: the metric.
+        curve: ``MAX_POINTS`` of its points at most, the first and the last one and its peaks among them.
+        summary: of all its points, as ``ExperimentTracker.metric_summaries`` returns it.
     """
-    return FORMATS[format_type](experiment, metrics, checkpoints)
+
+    name: str
+    curve: Columns
+    summary: Mapping[str, Any]
 
 
-def _json(experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoints) -> str:
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a report is made of; a format asks for what it needs of the metrics.
+
+    Attributes:
+        experiment: whose report it is.
+        checkpoints: its checkpoints, oldest first.
+        points: returns every point in the order logged, as ``ExperimentTracker.get_metrics`` does.
+        charts: returns its metrics in the order in which they were first logged.
+    """
+
+    experiment: ExperimentRecord
+    checkpoints: Checkpoints
+    points: Callable[[], Sequence[Mapping[str, Any]]]
+    charts: Callable[[], Iterable[Chart]]
+
+
+def render(format_type: str, contents: Contents) -> str:
+    """Return the report's text; ``format_type`` is a name of ``FORMATS``."""
+    return FORMATS[format_type](contents)
+
+
+def _json(contents: Contents) -> str:
     content = {
-        "experiment": dataclasses.asdict(experiment),
-        "metrics": list(metrics),
-        "checkpoints": [{**vars(c), "best": sorted(c.best)} for c in checkpoints],
+        "experiment": dataclasses.asdict(contents.experiment),
+        "metrics": list(contents.points()),
+        "checkpoints": [{**vars(c), "best": sorted(c.best)} for c in contents.checkpoints],
     }
     return json.dumps(escape(content), indent=1, allow_nan=False)
 
 
-def _html(experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoints) -> str:
+def _html(contents: Contents) -> str:
+    experiment = contents.experiment
     name = html.escape(experiment.name)
     facts = {
         "Project": experiment.project,
@@ -64,14 +90,12 @@ def _html(experiment: ExperimentRecord, metrics: Metrics, checkpoints: Checkpoin
         "Experiment id": experiment.id,
     }
     tags = "".join(f'<span class="tag">{html.escape(_short(tag))}</span>' for tag in experiment.tags)
-    names = list(dict.fromkeys(point["metric_name"] for point in metrics))
-    charts = "".join(_chart(each, [p for p in metrics if p["metric_name"] == each]) for each in names)
     parts = [
         f"<h1>{name}</h1><p>{tags}</p>",
         _table(["", ""], [[key, value] for key, value in facts.items() if value is not None]),
         _section("Config", _table(["Name", "Value"], [[k, _short(v)] for k, v in experiment.config.items()])),
-        _section("Metrics", charts),
-        _section("Checkpoints", _checkpoint_table(checkpoints)),
+        _section("Metrics", "".join(map(_chart, contents.charts()))),
+        _section("Checkpoints", _checkpoint_table(contents.checkpoints)),
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
@@ -110,26 +134,26 @@ def _checkpoint_table(checkpoints: Checkpoints) -> str:
     return _table(head, rows)
 
 
-def _chart(name: str, points: Metrics) -> str:
-    values = [(float(p["step"] if p["step"] is not None else i), p["metric_value"]) for i, p in enumerate(points)]
-    finite = [(x, y) for x, y in values if y - y == 0]
-    stride = -(-len(finite) // _MAX_POINTS) or 1
-    finite = [pair for i, pair in enumerate(finite) if i % stride == 0 or i == len(finite) - 1]
-    facts = f"last {_number(points[-1]['metric_value'])}, {len(points):,} points"
+def _chart(chart: Chart) -> str:
+    name, curve, steps = html.escape(chart.name), chart.curve, chart.curve.all_steps()
+    # Without steps it is drawn over its places among all points of the run.
+    places = [float(place if step is None else step) for place, step in zip(curve.positions, steps)]
+    finite = [(x, y) for x, y in zip(places, curve.values) if y - y == 0]
+    facts = f"last {_number(curve.values[-1])}, {chart.summary['points']:,} points"
     if not finite:
-        return f"<figure><figcaption>{html.escape(name)}</figcaption><p>No finite value: {facts}.</p></figure>"
+        return f"<figure><figcaption>{name}</figcaption><p>No finite value: {facts}.</p></figure>"
     (low_x, high_x), (low_y, high_y) = [(min(values), max(values)) for values in zip(*finite)]
-    facts = f"{facts}, from {_number(low_y)} to {_number(high_y)}"
+    facts = f"{facts}, from {_number(chart.summary['min'])} to {_number(chart.summary['max'])}"
     wide, high = (high_x - low_x) or 1.0, (high_y / 2 - low_y / 2) or 1.0  # halves: the difference may overflow
     line = " ".join(
         f"{(x - low_x) / wide * _WIDTH:.1f},{_HEIGHT - (y / 2 - low_y / 2) / high * _HEIGHT:.1f}" for x, y in finite
     )
     if len(finite) == 1:
         line = f"0,{_HEIGHT} {_WIDTH},{_HEIGHT}"
-    unit = "step" if points[0]["step"] is not None else "point"
+    unit = "point" if steps[0] is None else "step"
     return (
-        f"<figure><figcaption>{html.escape(name)} <small>{facts}</small></figcaption>"
-        f'<svg viewBox="-4 -4 {_WIDTH + 8} {_HEIGHT + 24}" role="img" aria-label="{html.escape(name)}">'
+        f"<figure><figcaption>{name} <small>{facts}</small></figcaption>"
+        f'<svg viewBox="-4 -4 {_WIDTH + 8} {_HEIGHT + 24}" role="img" aria-label="{name}">'
         f'<line class="axis" x1="0" y1="{_HEIGHT}" x2="{_WIDTH}" y2="{_HEIGHT}"/>'
         f'<polyline class="line" points="{line}"/>'
         f'<text x="0" y="{_HEIGHT + 16}">{unit} {low_x:g}</text>'
@@ -149,4 +173,4 @@ def _time(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-FORMATS: dict[str, Callable[[ExperimentRecord, Metrics, Checkpoints], str]] = {"html": _html, "json": _json}
+FORMATS: dict[str, Callable[[Contents], str]] = {"html": _html, "json": _json}

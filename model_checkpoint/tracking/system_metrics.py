@@ -46,12 +46,18 @@ class SystemSampler:
     def _start_afresh(self) -> None:
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
+        self._sampling = threading.Lock()
+        self._resting = False
 
     def before_fork(self) -> None:
-        """Nothing: a sample that is being taken changes nothing that the child uses."""
+        """Let a sample come to its end: psutil takes locks for it, which the child would find taken for ever."""
+        self._resting = self._sampling.acquire(timeout=_LONGEST_WAIT)  # a driver may hang
 
     def after_fork_in_parent(self) -> None:
-        """Nothing was changed."""
+        """Go on."""
+        if self._resting:
+            self._resting = False
+            self._sampling.release()
 
     def after_fork_in_child(self) -> None:
         """Forget the thread, which is not there."""
@@ -71,7 +77,7 @@ class SystemSampler:
         self._stopped = threading.Event()
         thread = threading.Thread(
             target=_run,
-            args=(self._log, self._interval, self._stopped, sources, nvml),
+            args=(self._log, self._interval, self._stopped, self._sampling, sources, nvml),
             name="model-checkpoint-system",
             daemon=True,
         )
@@ -87,29 +93,32 @@ class SystemSampler:
 
 
 def _run(
-    log_: WeakMethod[Log], interval: float, stopped: threading.Event, sources: list[Source], nvml: Any = None
+    log_: WeakMethod[Log],
+    interval: float,
+    stopped: threading.Event,
+    sampling: threading.Lock,
+    sources: list[Source],
+    nvml: Any,
 ) -> None:
-    if nvml is None:
-        _sample_until(stopped, log_, interval, sources)
-        return
-    try:
-        with devices(nvml) as handles:
-            _sample_until(stopped, log_, interval, [*sources, lambda: readings(nvml, handles)])
-    except nvml.NVMLError as error:
-        log.debug("GPUs are lost, no more system metrics are sampled: %s", error)
+    with devices(nvml) as handles:
+        if handles:
+            sources = [*sources, lambda: readings(nvml, handles)]
+        while not stopped.wait(interval):
+            sample = _sample(sampling, sources)
+            target = log_()
+            if target is None:
+                return
+            if sample and not stopped.is_set():
+                _try(target, sample)
+            del target  # or it would live until the next sample
 
 
-def _sample_until(stopped: threading.Event, log_: WeakMethod[Log], interval: float, sources: list[Source]) -> None:
-    while not stopped.wait(interval):
-        sample: dict[str, float] = {}
+def _sample(sampling: threading.Lock, sources: list[Source]) -> dict[str, float]:
+    sample: dict[str, float] = {}
+    with sampling:
         for source in sources:
             sample |= _try(source) or {}
-        target = log_()
-        if target is None:
-            return
-        if sample and not stopped.is_set():
-            _try(target, sample)
-        del target  # or it would live until the next sample
+    return sample
 
 
 def _try(act: Callable[..., Any], *arguments: Any) -> Any:

@@ -6,6 +6,7 @@ Stored as strict JSON; NaN and the infinities as ``{"$float": "nan"}``, a key th
 from __future__ import annotations
 
 import json
+import math
 import operator
 import sys
 from collections.abc import Iterator, Mapping
@@ -171,16 +172,32 @@ def unescape(value: Any) -> Any:
     return {k[1:] if k.startswith("$") else k: unescape(v) for k, v in value.items()}
 
 
+def storable(value: float) -> float:
+    """Return what stands for a number, not NaN, in a column of floats."""
+    return float(max(-LARGEST, min(LARGEST, value)))
+
+
+def exact(value: Any) -> Any:
+    """Undo ``storable``: return the infinity that a number stands for; anything else is returned as it is."""
+    if isinstance(value, (int, float)) and abs(value) >= LARGEST:
+        return math.copysign(math.inf, value)
+    return value
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None, str | None]]:
-    """Yield every leaf as (dotted name, number or None, text or None); booleans are numbers, lists count by index."""
+    """Yield every leaf as (dotted name, number or None, text or None); booleans are numbers, lists count by index.
+
+    LARGEST stands for what is larger, and NaN is what is not there.
+    """
     for name, value in config.items():
         full = f"{prefix}{name}"
         if isinstance(value, list):
             value = {str(i): item for i, item in enumerate(value)}
         if isinstance(value, Mapping):
             yield from flatten(value, f"{full}.")
+        elif value != value:
+            yield full, None, None
         elif isinstance(value, (bool, int, float)):
-            finite = abs(value) < 1.7e308
-            yield full, float(value) if finite else None, repr(value)
+            yield full, storable(value), repr(value)
         else:
             yield full, None, value

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from model_checkpoint.errors import MissingDependencyError
+
+log = logging.getLogger(__name__)
 
 
 def require(package: str, extra: str, purpose: str) -> Any:
@@ -33,5 +36,6 @@ def find(package: str) -> Any:
     try:
         __import__(package)
         return sys.modules[package]
-    except ImportError:
+    except Exception as error:  # noqa: BLE001 - a package that is broken fails in any way, an OSError of its library
+        log.debug("%s cannot be imported, it counts as not installed: %r", package, error)
         return None

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
+import tracemalloc
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
-from model_checkpoint import ExperimentTracker
+from model_checkpoint import ExperimentTracker, Queries
 from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManager
 from model_checkpoint.database import EnhancedDatabaseConnection, schema
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, DatabaseError, FormatVersionError
-from tests.servers import KINDS, cut_connections, new_database
+from tests.servers import KINDS, Proxy, cut_connections, new_database, run
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 60.0  # seconds that anything may take before it counts as hung
@@ -232,6 +236,23 @@ def test_close_twice_does_nothing_and_within_a_transaction_is_refused(database: 
         put(database, "late")
 
 
+def test_a_block_that_ends_well_although_a_statement_failed_is_stored_or_says_that_it_is_not(url: str) -> None:
+    database = EnhancedDatabaseConnection(url)
+    told = ""
+    try:
+        with database.transaction():
+            put(database, "a")
+            with pytest.raises(Exception, match="nowhere"):
+                database.query("SELECT nonsense FROM nowhere")
+    except DatabaseError as error:
+        told = str(error)
+    assert names_in(database) == ([] if "nothing was stored" in told else ["a"])
+    assert ("nothing was stored" in told) == url.startswith("postgresql")
+    put(database, "b")
+    assert "b" in names_in(database)
+    database.close()
+
+
 # --- migrations -------------------------------------------------------------------------------------------------
 
 OPEN = """
@@ -419,6 +440,20 @@ def test_a_password_is_nowhere_to_be_seen(server_url: str, caplog: pytest.LogCap
         database.close()
 
 
+def test_a_password_behind_the_question_mark_is_nowhere_to_be_seen(tmp_path: Path) -> None:
+    with new_database("postgresql", tmp_path) as url:
+        database = EnhancedDatabaseConnection(f"{url}&password=hunter2&passfile=/hunter3&sslpassword=hunter4")
+        shown = repr(database)
+        database.close()
+        with pytest.raises(DatabaseError) as caught:
+            EnhancedDatabaseConnection(f"{url}&password=hunter2&options=-c%20nothing.hunter2%20-c%20hunter2")
+    assert "search_path" in shown
+    assert "hunter" not in shown + str(caught.value).partition(": ")[2]
+    with pytest.raises(ConfigurationError, match="names no database") as refused:
+        EnhancedDatabaseConnection("postgresql://user:hunter2@host?password=hunter2")
+    assert "hunter" not in str(refused.value)
+
+
 @pytest.mark.parametrize("rest", ["", "host", "user:hunter2@host", "user:hunter2@host:port/name"])
 @pytest.mark.parametrize("scheme", SERVERS)
 def test_a_url_that_cannot_be_used_says_what_to_use_and_shows_no_password(scheme: str, rest: str) -> None:
@@ -459,3 +494,87 @@ def test_a_connection_that_is_cut_within_a_transaction_is_an_error_and_stores_no
     put(database, "c")
     assert names_in(database) == ["c"]
     database.close()
+
+
+def test_where_the_answer_to_a_commit_is_lost_nobody_says_that_nothing_was_stored(server_url: str) -> None:
+    proxy = Proxy(server_url)
+    database = EnhancedDatabaseConnection(proxy.url)
+    proxy.cut_at = re.compile(rb"COMMIT(?!TED)")
+    with pytest.raises(DatabaseError, match="whether it was stored is unknown") as caught:
+        put(database, "a")
+    assert "nothing was stored" not in str(caught.value)
+    assert proxy.cuts == 1
+    put(database, "b")  # the pool goes on
+    assert set(names_in(database)) - {"a"} == {"b"}
+    database.close()
+    proxy.close()
+
+
+def test_long_statements_are_not_kept_in_memory(server_url: str) -> None:
+    database = EnhancedDatabaseConnection(server_url)
+
+    def ask(count: int) -> None:
+        binds = {f"i{place}": str(place) for place in range(count)}
+        names = ", ".join(f":{name}" for name in binds)
+        assert database.query(f"SELECT name FROM experiments WHERE id IN ({names})", binds) == []
+
+    ask(3_000)
+    tracemalloc.start()
+    for count in range(3_000, 3_010):
+        ask(count)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 2 << 20
+    database.close()
+
+
+def test_texts_are_compared_byte_by_byte_whatever_the_collation_of_a_postgresql_database_is(tmp_path: Path) -> None:
+    with new_database("postgresql", tmp_path) as server:
+        name = f"mc_{uuid.uuid4().hex[:16]}"
+        try:
+            run(server, f"CREATE DATABASE {name} TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en-US'")
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            pytest.skip(f"this server makes no ICU database: {error}")
+        try:
+            url = sqlalchemy.make_url(server).set(database=name).difference_update_query(["options"])
+            database = EnhancedDatabaseConnection(url.render_as_string(hide_password=False))
+            collations = database.query(
+                "SELECT DISTINCT COALESCE(collation_name, 'the default') FROM information_schema.columns "
+                "WHERE table_schema = current_schema() AND data_type = 'text'"
+            )
+            put(database, "a", "B", "b", "Z", "größe")
+            with Queries(database) as queries:
+                orders = [record.name for record in queries.search_experiments(order_by="name")]
+                below = {record.name for record in queries.search_experiments("name < 'a'")}
+                letters = {record.name for record in queries.search_experiments(r"name.matches('^gr\\w\\we$')")}
+            database.close()
+        finally:
+            run(server, f"DROP DATABASE {name} WITH (FORCE)")
+    assert collations == [("C",)]
+    assert orders == ["B", "Z", "a", "b", "größe"]
+    assert below == {"B", "Z"}
+    assert letters == {"größe"}
+
+
+def test_a_silent_postgresql_server_is_noticed_as_the_url_or_else_the_timeout_says(tmp_path: Path) -> None:
+    with new_database("postgresql", tmp_path) as url:
+        told = []
+        for query in ("", "&keepalives_idle=77"):
+            database = EnhancedDatabaseConnection(url + query, busy_timeout=60)
+            with database.transaction() as connection:
+                told.append(connection.raw.connection.driver_connection.info.get_parameters())
+            database.close()
+    assert [each["keepalives_idle"] for each in told] == ["30", "77"]
+    assert {each["tcp_user_timeout"] for each in told} == {"60000"}
+
+
+def test_schemas_of_one_postgresql_database_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    with new_database("postgresql", tmp_path) as first, new_database("postgresql", tmp_path) as second:
+        one, other = (EnhancedDatabaseConnection(url, busy_timeout=5) for url in (first, second))
+        with one.transaction():
+            put(other, "a")
+            with new_database("postgresql", tmp_path) as third:
+                EnhancedDatabaseConnection(third, busy_timeout=5).close()
+        assert names_in(other) == ["a"]
+        one.close()
+        other.close()

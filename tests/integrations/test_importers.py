@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from model_checkpoint import ExperimentTracker
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.database.columns import Point
+from model_checkpoint.database.columns import Columns, Point
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, FormatError
 from model_checkpoint.integrations import import_mlflow, import_tensorboard, import_trackio, importing
@@ -154,16 +155,53 @@ def test_trackio_projects(url: str, caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of note" in caplog.text
 
 
+@pytest.fixture
+def in_india(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Local time is five and a half hours before UTC."""
+    monkeypatch.setenv("TZ", "IST-5:30")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_india")
 def test_a_trackio_file_of_before_runs_had_ids(tmp_path: Path, url: str) -> None:
     with closing(sqlite3.connect(tmp_path / "old.db")) as db, db:
         db.execute("CREATE TABLE metrics (id INTEGER, timestamp TEXT, run_name TEXT, step INTEGER, metrics TEXT)")
         db.execute("CREATE TABLE configs (id INTEGER, run_name TEXT, config TEXT, created_at TEXT)")
-        db.execute("INSERT INTO metrics VALUES (1, '2023-11-14T22:13:20', 'one', 4, '{\"loss\": NaN}')")
+        db.execute("INSERT INTO metrics VALUES (1, '2023-11-15T03:43:20', 'one', 4, '{\"loss\": NaN}')")
     import_trackio(tmp_path / "old.db", url)
     run, points = stored(url)["one"]
-    assert run.metadata["imported"]["id"] == "old/one"
+    assert run.metadata["imported"]["id"].startswith("old/one/")
     assert series(points, "loss") == [("nan", 4, 1_700_000_000.0)]
     assert (run.created_at, run.ended_at) == (1_700_000_000.0, 1_700_000_000.0)
+
+
+@pytest.mark.parametrize("columns", ["", ", run_id TEXT"])
+def test_trackio_runs_without_ids_in_files_of_one_name_are_told_apart(columns: str, tmp_path: Path, url: str) -> None:
+    ids = []
+    for folder, loss in (("alice", 1.0), ("bob", 2.0)):
+        (tmp_path / folder).mkdir()
+        with closing(sqlite3.connect(tmp_path / folder / "vision.db")) as db, db:
+            db.execute(f"CREATE TABLE metrics (id, timestamp, run_name, step, metrics{columns})")
+            db.execute(f"CREATE TABLE configs (id, run_name, config, created_at{columns})")
+            sql = "INSERT INTO metrics (timestamp, run_name, metrics) VALUES ('2024-01-01T00:00:00', 'baseline', ?)"
+            db.execute(sql, (f'{{"loss": {loss}}}',))
+        ids += [import_trackio(tmp_path / folder / "vision.db", url) for _ in range(2)]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    with closing(EnhancedDatabaseConnection(url)) as database:
+        losses = [[point[1] for point in database.metrics.points(run)] for (run,) in ids]
+    assert losses == [[1.0], [1.0], [2.0], [2.0]]
+
+
+def test_a_trackio_value_too_large_for_a_float_is_infinite(samples: Path, url: str) -> None:
+    path = samples / "trackio" / "digits.db"
+    with closing(sqlite3.connect(path)) as db, db:
+        content = f'{{"loss": 1{"0" * 400}, "low": -1{"0" * 5000}}}'
+        db.execute("UPDATE metrics SET metrics = ? WHERE run_name = 'two'", (content,))
+    assert len(import_trackio(path, url)) == 2
+    assert [point[:2] for point in stored(url)["two"][1]] == [("loss", math.inf), ("low", -math.inf)]
 
 
 @pytest.mark.parametrize("name", IMPORTERS)
@@ -187,6 +225,29 @@ def test_a_source_that_nobody_may_write_is_read(samples: Path, url: str) -> None
         assert len(import_trackio(files[0], url)) == 2
     finally:
         files[1].chmod(0o755)
+
+
+def test_a_folder_that_takes_no_new_file_is_read(samples: Path, url: str) -> None:
+    (samples / "trackio" / "digits.db-shm").mkdir()  # permissions do not stop root
+    assert len(import_trackio(samples / "trackio" / "digits.db", url)) == 2
+
+
+def test_a_writer_that_begins_meanwhile_changes_nothing_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "source.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = WAL")
+        writer.execute("CREATE TABLE numbers (number INTEGER, filler TEXT)")
+        writer.executemany("INSERT INTO numbers VALUES (?, ?)", [(number, "x" * 500) for number in range(2000)])
+    assert {file.name for file in tmp_path.iterdir()} == {"source.db"}
+    with closing(importing.SQLiteSource(path, "any", {"numbers": ["number"]}, "")) as source:
+        rows = source.rows("SELECT number FROM numbers ORDER BY rowid")
+        found = [next(rows)[0]]
+        with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+            writer.execute("UPDATE numbers SET number = -1")
+            writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        found += [number for (number,) in rows]
+    assert found == list(range(2000))
+    assert {file.name for file in tmp_path.iterdir()} == {"source.db"}
 
 
 def test_a_trackio_file_that_is_written_meanwhile_is_read_with_its_log(samples: Path, url: str) -> None:
@@ -222,20 +283,34 @@ def test_points_go_in_by_batches_and_keep_their_order(url: str, monkeypatch: pyt
 
 def test_a_failure_leaves_no_half_run(samples: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "_AT_ONCE", 3)
-    real, calls = importing.grouped, []
+    real, calls = importing.unpack, []
 
-    def fail_at_the_third(batch: list[Point]) -> object:
+    def fail_at_the_third(batch: bytes) -> dict[str, Columns]:
         calls.append(batch)
         if len(calls) == 3:
             raise RuntimeError("no more")
         return real(batch)
 
-    monkeypatch.setattr(importing, "grouped", fail_at_the_third)
+    monkeypatch.setattr(importing, "unpack", fail_at_the_third)
     with pytest.raises(RuntimeError, match="no more"):
         import_mlflow(samples / "mlflow.db", url)
     assert not stored(url)
-    monkeypatch.setattr(importing, "grouped", real)
+    monkeypatch.setattr(importing, "unpack", real)
     assert len(import_mlflow(samples / "mlflow.db", url)) == len(stored(url)) == 3
+
+
+def test_nothing_is_grouped_while_others_cannot_write(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, waits = importing.grouped, []
+
+    def group(batch: list[Point]) -> dict[str, Columns]:
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"), timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")  # raises where a transaction goes on
+        waits.append(len(batch))
+        return real(batch)
+
+    monkeypatch.setattr(importing, "grouped", group)
+    import_mlflow(SAMPLES / "mlflow.db", url)
+    assert sum(waits) == 12
 
 
 def test_a_callback_that_fails_stops_it_and_importing_again_goes_on(url: str) -> None:
@@ -246,6 +321,26 @@ def test_a_callback_that_fails_stops_it_and_importing_again_goes_on(url: str) ->
         import_mlflow(SAMPLES / "mlflow.db", url, on_run=refuse)
     assert len(stored(url)) == 1
     import_mlflow(SAMPLES / "mlflow.db", url)
+    assert len(stored(url)) == 3
+
+
+@pytest.mark.parametrize("source", ["mlflow.db", "mlruns"])
+def test_a_run_that_has_not_ended_is_left_until_it_has(
+    source: str, samples: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end(old: str, new: str) -> None:
+        with closing(sqlite3.connect(samples / "mlflow.db")) as db, db:
+            db.execute("UPDATE runs SET status = ? WHERE status = ?", (new, old))
+        for file in (samples / "mlruns").rglob("meta.yaml"):
+            codes = {"RUNNING": "status: 1\n", "FINISHED": "status: 3\n"}
+            file.write_text(file.read_text().replace(codes[old], codes[new]))
+
+    end("FINISHED", "RUNNING")
+    assert len(import_mlflow(samples / source, url)) == 2
+    assert set(stored(url)) == {"inner", "killed"}
+    assert caplog.text.count("is RUNNING and was not imported") == 1
+    end("RUNNING", "FINISHED")
+    import_mlflow(samples / source, url)
     assert len(stored(url)) == 3
 
 
@@ -331,9 +426,20 @@ def test_names_in_yaml(written: str, meant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("1e-3", 0.001), ("-2", -2), ("01", "01"), ("1e999", "1e999"), ("9" * 400, "9" * 400), ("true", "true"), ("", "")],
+    [
+        ("0.001", 0.001),
+        ("1e-3", "1e-3"),
+        ("3.10", "3.10"),
+        ("-2", -2),
+        ("-0", "-0"),
+        ("01", "01"),
+        ("1e999", "1e999"),
+        ("9" * 400, "9" * 400),
+        ("true", "true"),
+        ("", ""),
+    ],
 )
-def test_parameters_that_are_json_numbers_become_numbers(written: str, meant: object) -> None:
+def test_parameters_written_as_python_writes_numbers_become_numbers(written: str, meant: object) -> None:
     assert repr(mlflow._number_or_text(written)) == repr(meant)
 
 

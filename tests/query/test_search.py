@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import ConfigurationError, QueryError
+from model_checkpoint.query.groups import group_of
 from tests.servers import KINDS, new_database
 
 RUNS: list[dict[str, Any]] = [
@@ -225,7 +226,9 @@ def test_reading_changes_nothing(queries: Queries) -> None:
         ("metrics.a + 1 > 2", "name is needed", 0),
         ("name == b'a'", "value is needed", 8),
         ("name == 'a\\0'", "no database stores", 8),
-        ("age == 10000000000000000000000", "64 bits", 7),
+        ("age < weeks(9000000000000000000)", "64 bits", 6),
+        ("age < days(1e308)", "64 bits", 6),
+        ("ｎame == 'a'", "there is no ｎame", 0),
         ("(lambda: 1)()", "no such function", 0),
         ("__import__('os').system('true')", "no such function", 0),
         ("[x for x in tags]", "condition is needed", 0),
@@ -302,6 +305,91 @@ def test_texts_that_were_stored_are_found_by_themselves(tmp_path: Path) -> None:
             quoted = repr(text)
             filter = f"name == {quoted} and project == {quoted} and {quoted} in tags and config[{quoted}] == {quoted}"
             assert [record.name for record in queries.search_experiments(filter)] == [text]
+
+
+NUMBERS: dict[str, Any] = {
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "nan": math.nan,
+    "odd": 2**53 + 1,
+    "unsigned": 2**64 - 1,
+    "huge": 10**400,
+    "float": 1.75e308,
+}
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def extremes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queries]:
+    """Runs named by a number that is hard to store, which is in their config and, if it fits, a metric."""
+    with new_database(request.param, tmp_path_factory.mktemp("extremes")) as url:
+        for name, number in NUMBERS.items():
+            with ExperimentTracker(name, database_url=url, config={"x": number}) as run:
+                if name != "huge":
+                    run.log_arrays("z", [float(number), 1.0])
+                    run.log_metric("\u00b5", 1.0)
+                    run.log_metric("\u03bc", 2.0)
+        with Queries(url) as queries:
+            yield queries
+
+
+@pytest.mark.parametrize(
+    ("filter", "expected"),
+    [
+        ("config.x > 1", ["float", "huge", "inf", "odd", "unsigned"]),
+        ("config.x < -1e308", ["-inf"]),
+        ("config.x.contains('n') or config.x == 'nan' or config.x == 'inf'", []),
+        ("config.x is None", ["nan"]),
+        ("config.x == 9007199254740993", ["odd"]),
+        ("config.x in (9007199254740993, 'nan')", ["odd"]),
+        ("config.x == 18446744073709551615", ["unsigned"]),
+        ("metrics.z.max == 18446744073709551615", ["unsigned"]),
+        ("metrics.z.max == 9007199254740993", ["odd"]),
+        ("metrics.z.points < 18446744073709551615 and metrics.z.min < 1", ["-inf"]),
+        ("metrics.z.mean > 1e308", ["inf"]),
+        ("metrics.z.mean < -1e308", ["-inf"]),
+        ("metrics.z.mean == 8.75e307", ["float"]),
+        ("metrics.\u00b5 == 1 and metrics.\u03bc == 2 and name == 'odd'", ["odd"]),
+        ("name == 'odd' and\n metrics  .  \u00b5\n.min == 1", ["odd"]),
+    ],
+)
+def test_numbers_and_names_at_the_edge_are_found(extremes: Queries, filter: str, expected: list[str]) -> None:
+    assert sorted(record.name for record in extremes.search_experiments(filter)) == expected
+
+
+def test_infinities_come_back_from_groups_and_differences(extremes: Queries) -> None:
+    ends = "name in ('inf', '-inf', 'odd')"
+    by_config = extremes.group_by("config.x", over="metrics.z.last", filter=ends)
+    assert {group.value for group in by_config} == {math.inf, -math.inf, 2**53 + 1}
+    by_metric = extremes.group_by("metrics.z.max", over="metrics.z.mean", filter=ends)
+    assert [(group.value, group.mean) for group in by_metric] == [
+        (math.inf, math.inf),
+        (2.0**53, 2.0**52),
+        (1.0, -math.inf),
+    ]
+    (group,) = extremes.group_by("project", over="metrics.z.max", filter="name in ('inf', 'odd')")
+    assert (group.n, group.mean, group.std, group.interval) == (2, math.inf, None, None)
+    (group,) = extremes.group_by("project", over="config.x", filter="name in ('inf', '-inf')")
+    assert (group.n, group.std) == (2, None)
+    assert math.isnan(group.mean or 0.0)
+    ids = {record.name: record.id for record in extremes.search_experiments("name in ('-inf', 'huge')")}
+    assert extremes.compare(ids.values())["config"] == {"x": {ids["-inf"]: -math.inf, ids["huge"]: 10**400}}
+
+
+def test_a_group_of_very_large_numbers_has_a_mean() -> None:
+    group = group_of("a", [1.7e308, 1.6e308])
+    assert group.mean == pytest.approx(1.65e308)
+    assert group.std == pytest.approx(0.1e308 / math.sqrt(2))
+
+
+def test_a_list_may_have_as_many_values_as_a_filter_holds(queries: Queries) -> None:
+    many = ",".join(f"'{number}'" for number in range(1_500))
+    assert found(queries, f"name in ({many})") == []
+    assert found(queries, f"name in ({many},'vit')") == [2]
+    assert sorted(found(queries, f"name not in ({many},'vit')")) == [0, 1, 3, 4]
+    assert found(queries, " or ".join(["age<0"] * 1_100)) == []
+    numbers = ",".join(map(str, range(1_900)))
+    assert found(queries, f"config.id in ({numbers})") == [3]
+    assert sorted(found(queries, f"config.id in ({numbers},'5',None)")) == [0, 1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.tracking import capture as capturing
 from model_checkpoint.tracking import recording
-from model_checkpoint.tracking.capture import SWITCH, captured
+from model_checkpoint.tracking.capture import SWITCH, at_once, folder, later
 from model_checkpoint.tracking.system_metrics import SystemSampler
 from model_checkpoint.utils.jsonable import to_jsonable
 
@@ -66,6 +67,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def captured(capture: Capture) -> Any:
+    return {**at_once(capture), **later(capture, folder())}
 
 
 def of_git() -> Any:
@@ -145,6 +150,49 @@ def test_the_patch_of_a_dirty_repository_brings_it_back(repository: Path) -> Non
     assert (repository / "new.py").read_text() == "staged\n"
 
 
+@pytest.mark.parametrize("attributes", ["", "* diff\n"])
+@pytest.mark.parametrize("content", [b"\0\1", b"caf\xe9\n", "café\n".encode()])
+def test_a_patch_brings_back_every_byte_or_there_is_none(repository: Path, content: bytes, attributes: str) -> None:
+    (repository / ".git" / "info" / "attributes").write_text(attributes)
+    git("config", "diff.context", "0")
+    (repository / "train.py").write_bytes(b"lr = 1\n" + content)
+    found = of_git()
+    assert found["dirty"]
+    git("reset", "-q", "--hard")
+    if found["patch"] is None:
+        assert content == b"caf\xe9\n" or attributes
+        return
+    subprocess.run(["git", "apply"], input=found["patch"].encode(), check=True)
+    assert (repository / "train.py").read_bytes() == b"lr = 1\n" + content
+
+
+def test_a_patch_that_is_cut_within_a_character_is_kept(repository: Path) -> None:
+    (repository / "train.py").write_text("lr = 1\n" + "".join(f"{'é' * n}\n" for n in range(2000)), encoding="utf-8")
+    found = of_git()
+    assert found["patch_truncated"]
+    assert (1 << 20) - 1 <= len(found["patch"].encode()) <= 1 << 20
+
+
+def test_a_slow_status_does_not_lose_the_commit(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git("remote", "add", "origin", "https://host/x.git")
+    commit = git("rev-parse", "HEAD")
+    real = shutil.which("git")
+    (tmp_path / "git").write_text(f'#!/bin/sh\ncase "$*" in *status*) exit 9;; esac\nexec {real} "$@"\n')
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert of_git() == {
+        "commit": commit,
+        "branch": "trunk",
+        "remote": "https://host/x.git",
+        "dirty": None,
+        "patch": "",
+        "patch_truncated": False,
+        "untracked": None,
+    }
+
+
 def test_what_is_long_is_cut(repository: Path) -> None:
     (repository / "train.py").write_text("x = 1\n" * 400_000)
     for number in range(150):
@@ -218,6 +266,9 @@ def test_secrets_are_never_stored(repository: Path, monkeypatch: pytest.MonkeyPa
     arguments = ["--password", "hunter2", "--token=hunter2", "--api-key", "hunter2", "--db.secret", "hunter2"]
     arguments += ["wandb.api_key=hunter2", "--apiKey=hunter2", "--use-token", "--hf_token", "hunter2"]
     arguments += ["--db", "postgresql://me:hunter2@host/x", "--url=https://hunter2@host"]
+    arguments += ["+token=hunter2", "~token=hunter2", "++wandb.api_key=hunter2", "--env=HF_TOKEN=hunter2"]
+    arguments += ["--HFToken=hunter2", "--dbpassword=hunter2", "--wandb_key", "hunter2", "--token=a=hunter2"]
+    arguments += ["--url=https://h/x?token=hunter2", "postgresql://h/x?user=a&password=hunter2#x"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with ExperimentTracker("n", database_url=url) as run:
         pass
@@ -229,6 +280,7 @@ def test_secrets_are_never_stored(repository: Path, monkeypatch: pytest.MonkeyPa
 
 def test_arguments_that_are_no_secrets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["train.py", "--max-tokens", "512", "--tokenizer=bert", "--lr", "0.1", "author=a", "--", "token", "x"]
+    argv += ["--sort_key=a", "--env=LR=1", "--model=a==b", "https://h/x?max_tokens=5&page=2", "+HFTokenizer=x"]
     monkeypatch.setattr(sys, "argv", argv)
     assert captured(QUIET)["command"]["argv"] == argv
 
@@ -258,19 +310,16 @@ def test_the_command_is_that_of_the_moment_when_the_run_began(
 
 def test_everything_captured_can_be_stored(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "\udcff", "a\0b", 3])
-    (repository / ".gitattributes").write_text("* diff\n")
-    (repository / "train.py").write_bytes(b"\0\xff\n")
     found = captured(Capture())
     assert to_jsonable(found, "captured") == found
     assert found["command"]["argv"] == ["train.py", "\\udcff", "a\\0b", "3"]
-    assert "+\\0" in found["git"]["patch"]
 
 
 def test_no_framework_is_imported(tmp_path: Path) -> None:
-    script = (
-        "import sys; from model_checkpoint import Capture; from model_checkpoint.tracking.capture import captured\n"
+    script = "import sys; from model_checkpoint import Capture; from model_checkpoint.tracking.capture import later\n"
+    script += (
+        "print(later(Capture(), '/')['host']['cores'], {'torch', 'jax', 'numpy', 'tensorflow'} & set(sys.modules))"
     )
-    script += "print(captured(Capture())['host']['cores'], {'torch', 'jax', 'numpy', 'tensorflow'} & set(sys.modules))"
     command = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
@@ -307,7 +356,9 @@ def test_what_is_captured_is_no_part_of_the_users_metadata(url: str) -> None:
         assert run.captured["packages"]["versions"]["pytest"] == pytest.__version__
 
 
-@pytest.mark.parametrize("wrong", [{"environment": "HOME"}, {"environment": (1,)}, {"interval": 0}, {"interval": "1"}])
+@pytest.mark.parametrize(
+    "wrong", [{"environment": "HOME"}, {"environment": (1,)}, {"interval": 0}, {"interval": "1"}, {"interval": 1e10}]
+)
 def test_a_capture_that_cannot_be_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         Capture(**wrong)
@@ -412,6 +463,47 @@ def test_a_capture_that_takes_too_long_does_not_hold_up_the_end(url: str, monkey
     assert stored(url, run.experiment_id).keys() == {"captured_at", "command"}
 
 
+def test_the_thread_of_a_capture_imports_nothing(tmp_path: Path) -> None:
+    """A fork during an import would leave the child unable to import that module."""
+    script = f"""
+import sys, threading
+from model_checkpoint import ExperimentTracker
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if threading.current_thread().name == "model-checkpoint-capture":
+            print(name)
+sys.meta_path.insert(0, Finder())
+ExperimentTracker("n", database_url="sqlite:///{tmp_path}/e.db").close()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == ""
+
+
+def test_a_fork_waits_for_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, inside, forking = threading.Lock(), threading.Event(), threading.Event()
+
+    def count() -> None:
+        with lock:  # psutil has one for these
+            inside.set()
+            forking.wait(30)
+
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(disk_io_counters=count))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    sampler = SystemSampler(Receiver().take, 0.01)
+    real = sampler.before_fork
+
+    def before_fork() -> None:
+        forking.set()
+        real()
+
+    monkeypatch.setattr(sampler, "before_fork", before_fork)
+    sampler.start()
+    assert inside.wait(30)
+    assert in_child(lambda: lock.acquire(blocking=False)) == 0
+    sampler.stop()
+
+
 @pytest.mark.parametrize("psutil", [True, False])
 def test_the_machine_is_sampled(psutil: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if psutil:
@@ -488,6 +580,40 @@ def test_gpus_are_described_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None
         "system/gpu1/temperature_celsius": 51,
     }
     assert pynvml.open == 0
+
+
+def test_a_gpu_that_cannot_be_opened_is_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(number: int) -> int:
+        if number == 0:
+            raise NVMLError("no permission")
+        return number
+
+    def name(_: int) -> str:
+        raise NVMLError("lost")
+
+    pynvml = nvml(nvmlDeviceGetHandleByIndex=handle, nvmlDeviceGetName=name, nvmlShutdown=_no_driver)
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    assert captured(QUIET)["host"]["gpus"] == [{"name": None, "memory_bytes": 81}]
+    receiver = Receiver()
+    sampler = SystemSampler(receiver.take, 0.01)
+    sampler.start()
+    assert receiver.came.wait(30)
+    sampler.stop()
+    assert "system/memory_percent" in receiver.samples[0]
+    assert {key for key in receiver.samples[0] if "gpu" in key} == {
+        "system/gpu1/memory_bytes",
+        "system/gpu1/temperature_celsius",
+    }
+
+
+def test_a_broken_optional_package_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    for name in ("pynvml", "psutil"):
+        (tmp_path / f"{name}.py").write_text("raise OSError('wrong ELF class')\n")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with ExperimentTracker("n", database_url=url, capture=Capture(git=False, packages=False)) as run:
+        run.log_metric("loss", 1.0)
+    assert stored(url, run.experiment_id)["host"]["gpus"] == []
 
 
 def _no_driver() -> None:

@@ -16,6 +16,7 @@ from model_checkpoint.errors import (
     ExperimentNotFoundError,
     UnsupportedValueError,
 )
+from model_checkpoint.tracking.hierarchy import build_tree
 from tests.servers import KINDS, new_database
 
 
@@ -61,6 +62,28 @@ def test_a_tree_has_children_below_their_parents_and_totals_of_all_below(url: st
     alone.close()
 
 
+def test_every_experiment_is_in_its_own_project_also_below_one_of_another(url: str) -> None:
+    with ExperimentTracker("sweep", "A", database_url=url) as sweep:
+        with ExperimentTracker("run", "B", parent=sweep, database_url=url) as run:
+            run.log_arrays("loss", [1.0, 2.0])
+            with run.child("restart"):
+                pass
+        with Queries(url) as queries:
+            totals = {name: (of.totals.experiments, of.totals.points) for name, of in queries.projects().items()}
+            trees = {name: [node.name for node in queries.tree(name)] for name in ("A", "B", None)}
+    assert totals == {"A": (1, 0), "B": (2, 2)}
+    assert trees == {"A": ["sweep"], "B": ["run"], None: ["sweep"]}
+
+
+def test_a_tree_of_any_depth_has_lines() -> None:
+    depth = 3_000
+    rows = [(str(i), f"run-{i}", None, str(i - 1) if i else None, "completed", 0.0, 0, 1, 0) for i in range(depth)]
+    lines = build_tree(rows)["0"].lines()
+    assert lines[0] == f"run-0 (completed, {depth} checkpoints) 0"
+    assert lines[-1].strip() == f"run-{depth - 1} (completed, 1 checkpoints) {depth - 1}"
+    assert len(lines) == depth
+
+
 def test_children_share_the_connection_of_their_parent_also_in_memory() -> None:
     parent = ExperimentTracker("parent", database_url="sqlite:///:memory:")
     child = parent.child("child")
@@ -89,13 +112,13 @@ def test_a_fork_notes_the_checkpoint_that_it_goes_on_from(url: str, tmp_path: Pa
 
 def test_each_level_has_tags_and_metadata(url: str) -> None:
     with ExperimentTracker("first", "vision", database_url=url) as first:
-        first.describe_project(tags=["paper", 1], metadata={"owner": "a", "budget": {"hours": 10}})
+        first.describe_project(tags=["paper", 1, 1, True], metadata={"owner": "a", "budget": {"hours": 10}})
         first.update_metadata({"seed": 7})
         with ExperimentTracker("second", "vision", database_url=url) as second:
             second.describe_project(tags=["later", "paper"], metadata={"owner": "b"})
             assert second.record.metadata == {}
         found = first.queries.projects()["vision"]
-        assert (found.name, found.tags) == ("vision", ("paper", 1, "later"))
+        assert (found.name, repr(found.tags)) == ("vision", "('paper', 1, True, 'later')")
         assert found.metadata == {"owner": "b", "budget": {"hours": 10}}
         assert first.record.metadata == {"seed": 7}
         with pytest.raises(UnsupportedValueError, match=r"metadata\.odd"):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.database.metrics import MetricTable
+from model_checkpoint.errors import ConfigurationError
 
 VOID = {"meta", "line", "polyline", "br", "link", "circle", "path", "rect"}
 HOSTILE = [
@@ -231,9 +233,53 @@ def test_thinning_does_not_hide_the_finite_values(run: ExperimentTracker, tmp_pa
     for i in range(4000):  # thinning to every other point sees NaN only
         run.log_metric("m", float(i) if i % 2 else math.nan, step=i)
     page = html_of(run, tmp_path)
-    assert "No finite value." not in page.text
+    assert "No finite value" not in page.text
     (line,) = page.of("polyline")
     assert len((line["points"] or "").split()) > 1000
+
+
+def test_the_extremes_of_a_long_series_are_told_and_drawn(run: ExperimentTracker, tmp_path: Path) -> None:
+    values = [0.0] * 100_000
+    values[51_111], values[51_113] = 1000.0, -1000.0
+    run.log_arrays("spikes", values)
+    page = html_of(run, tmp_path)
+    assert "last 0, 100,000 points, from -1000 to 1000" in page.text
+    ys = coordinates(page)[1::2]
+    assert (min(ys), max(ys)) == (0.0, 200.0)
+    assert len(ys) <= 2000
+
+
+def test_a_page_is_drawn_from_curves_and_not_from_all_points(
+    run: ExperimentTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking for each metric among all points took quadratic time."""
+    run.log_metrics({"loss": 1.0, "acc": 0.5})
+    monkeypatch.delattr(MetricTable, "points")
+    assert len(html_of(run, tmp_path).of("svg")) == 2
+
+
+@pytest.mark.parametrize("format_type", ["html", "json"])
+def test_a_report_that_cannot_be_written_leaves_the_one_before(
+    run: ExperimentTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_type: str
+) -> None:
+    path = Path(run.generate_report(format_type, str(tmp_path / "reports")))
+    before = path.read_bytes()
+    real = Path.write_text
+
+    def fill_the_disk(self: Path, data: str, **options: Any) -> int:
+        real(self, data[:10], **options)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        run.generate_report(format_type, str(tmp_path / "reports"))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_too_few_points_are_refused_before_anything_is_read(run: ExperimentTracker) -> None:
+    with pytest.raises(ConfigurationError, match="max_points must be at least 4"):
+        run.metric_history("missing", 3)
 
 
 def test_a_run_without_anything_gives_a_page(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_a_block_that_ends_well_although_a_statement_failed_is_stored_or_says_th
     database = EnhancedDatabaseConnection(url)
     told = ""
     try:
-        with database.transaction():
+        with database.transaction(durable=True):
             put(database, "a")
             with pytest.raises(Exception, match="nowhere"):
                 database.query("SELECT nonsense FROM nowhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,8 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "faults" in item.path.parts:
-            item.add_marker(pytest.mark.slow)  # all of them, so that what is quick comes first
+        # All faults and servers, which take a second for the tables of each test, so that what is quick comes first.
+        if "faults" in item.path.parts or re.search("postgresql|mysql", item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

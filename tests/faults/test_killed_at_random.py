@@ -227,7 +227,7 @@ def test_kills_amid_a_migration_leave_the_old_or_the_new_database_whole(
         connection.execute(
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
             "INSERT INTO checkpoints SELECT 'id ' || i, (SELECT id FROM experiments), (SELECT id FROM stores), i, "
-            "'failed', 'regular', i, 0, '{}', 'x', 0, 0, 0, 1, NULL, NULL, '' FROM n"
+            "'failed', 'regular', i, 0, '{}', 'x', 0, 0, 0, 1, NULL, NULL, '', 0 FROM n"
         )
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     known = schema.latest_version()

@@ -957,3 +957,15 @@ def test_a_forked_child_counts_its_own_work_only(tmp_path: Path) -> None:
         os._exit(int("points" in run.get_performance_statistics()))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     run.close()
+
+
+def test_a_tracker_that_was_closed_can_be_flushed_and_refuses_to_read(tmp_path: Path) -> None:
+    run = ExperimentTracker("run", database_url=f"sqlite:///{tmp_path}/runs.db")
+    run.log_metric("loss", 0.5)
+    run.close()
+    asked = threading.Thread(target=run.flush, daemon=True)
+    asked.start()
+    asked.join(60)
+    assert not asked.is_alive()
+    with pytest.raises(DatabaseError, match="closed"):
+        run.get_metrics()

@@ -96,9 +96,9 @@ class BatchedWriter(Generic[Row]):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="model-checkpoint-writer", daemon=True)
                 self._thread.start()
-        self._called = True
-        self._full = len(self.pending) >= self._max_rows
-        self._calls.put(None)
+            self._called = True
+            self._full = len(self.pending) >= self._max_rows
+            self._calls.put(None)
 
     def _run(self) -> None:
         ticket: _Ticket | None = None
@@ -112,6 +112,13 @@ class BatchedWriter(Generic[Row]):
                     break
             self._called = self._full = False
             self._try_to_write(ticket)
+        with self._starting:  # nobody asks this thread for anything from here on
+            self._thread = None
+            self._called = self._full = False
+            while not self._calls.empty():
+                ticket = self._calls.get()
+                if ticket is not None:
+                    ticket.done.release()
 
     def _try_to_write(self, ticket: _Ticket | None) -> None:
         try:
@@ -147,8 +154,7 @@ class BatchedWriter(Generic[Row]):
 
     def flush(self) -> None:
         """Write everything collected so far; raises what ``write`` raises, with the rows kept."""
-        if self._thread is not None:  # else nothing was collected
-            self._wait_for(_Ticket())
+        self._wait_for(_Ticket())
 
     def end(self, then: Callable[[], object], timeout: float = -1.0) -> None:
         """Write everything, call ``then`` and end the thread; ``then`` is called also when something was not written.
@@ -161,12 +167,16 @@ class BatchedWriter(Generic[Row]):
         Raises:
             Exception: what ``write`` raised.
         """
-        if self._thread is None:
+        if not self._wait_for(_Ticket(then), timeout):
             then()
-        else:
-            self._wait_for(_Ticket(then), timeout)
 
-    def _wait_for(self, ticket: _Ticket, timeout: float = -1.0) -> None:
-        self._calls.put(ticket)
-        if self._thread is not threading.current_thread() and ticket.done.acquire(timeout=timeout) and ticket.error:
+    def _wait_for(self, ticket: _Ticket, timeout: float = -1.0) -> bool:
+        """Return whether there was a thread to wait for; without one, nothing was collected since the last end."""
+        with self._starting:
+            thread = self._thread
+            if thread is None:
+                return False
+            self._calls.put(ticket)
+        if thread is not threading.current_thread() and ticket.done.acquire(timeout=timeout) and ticket.error:
             raise ticket.error
+        return True

@@ -64,6 +64,21 @@ def test_an_end_that_cannot_write_says_so_lets_go_and_leaves_no_thread() -> None
     assert (let_go, threads()) == ([1], before)
 
 
+def test_after_the_end_nobody_waits_for_a_thread_that_is_gone() -> None:
+    written: list[int] = []
+    writer: BatchedWriter[int] = BatchedWriter(lambda rows, _: written.extend(rows))
+    ends: list[int] = []
+    for row in range(3):  # a row that comes after an end begins anew
+        writer.put(row)
+        writer.end(lambda: ends.append(1))
+        late = threading.Thread(target=writer.flush, daemon=True)
+        late.start()
+        late.join(DEADLINE)
+        assert not late.is_alive()
+    writer.end(lambda: ends.append(1))
+    assert (written, ends) == ([0, 1, 2], [1] * 4)
+
+
 def test_an_end_within_its_own_thread_does_not_wait_for_itself() -> None:
     """The garbage collector ends what nobody has closed, and it may come in the middle of a write."""
     ended, written = threading.Event(), []

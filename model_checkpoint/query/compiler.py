@@ -66,6 +66,7 @@ _TABLES = {
     "checkpoints": "checkpoints c JOIN experiments e ON e.id = c.experiment_id",
 }
 _LAST = {"experiments": ["e.created_at DESC", "e.id"], "checkpoints": ["c.sequence DESC"]}
+PROBED = 300  # rows that are tried one by one, 10 us each, before lists are made of all that meet a condition
 
 
 class _Join(NamedTuple):
@@ -82,6 +83,8 @@ class Compiled:
 
     Attributes:
         kind: ``experiments`` or ``checkpoints``.
+        probing: whether conditions are looked up row by row. Else each is a list that is made once, which costs less
+            where many rows have to be tried.
         where: a condition.
         joins: tables that it needs.
         order: what goes behind ORDER BY.
@@ -89,6 +92,7 @@ class Compiled:
     """
 
     kind: str
+    probing: bool = False
     where: str = "1 = 1"
     joins: list[_Join] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
@@ -99,18 +103,32 @@ class Compiled:
         """What goes behind FROM."""
         return f"{_TABLES[self.kind]}{self._left_joins(0)} WHERE {self.where}{self._order(0)}"
 
-    @property
-    def ranked(self) -> str | None:
-        """What goes behind FROM for the rows that come first, those that have a number to sort by; None: it is unknown.
+    def sources(self, rows: int) -> list[str]:
+        """Return what to put behind FROM, one after the other, until ``rows`` rows were found: all the last one has.
+
+        When probing, the last one does not have all either, and there may be none.
+        """
+        if self.probing:
+            return self._ranked() if rows <= PROBED else []
+        return [*self._ranked(), self.source]
+
+    def _ranked(self) -> list[str]:
+        """Return what goes behind FROM for the rows that come first, those that have a number to sort by, if known.
 
         They are found in the order of the index that has the numbers, so that a short page needs no look at the others.
+        When probing, no more than the first ``PROBED`` of them are tried, and none if there are no more.
         """
         if not (self.joins and self.order[0].startswith(f"{self.joins[0].alias}.")):
-            return None
+            return []
         rows, alias, row = self.joins[0]
         # SQLite takes the tables of a CROSS JOIN in the order in which they are named.
         tables = f"{rows} {alias} CROSS JOIN {_TABLES[self.kind]}{self._left_joins(1)}"
-        return f"{tables} WHERE {alias}.owner = {row} AND {alias}.number IS NOT NULL AND {self.where}{self._order(1)}"
+        where = f"{alias}.owner = {row} AND {alias}.number IS NOT NULL AND {self.where}"
+        if self.probing:
+            direction = self.order[1].rpartition(" ")[2]
+            end = f"SELECT number FROM {rows} r WHERE number IS NOT NULL ORDER BY number {direction} LIMIT 1"
+            where += f" AND {alias}.number {'<' if direction == 'ASC' else '>'} ({end} OFFSET {PROBED})"
+        return [f"{tables} WHERE {where}{self._order(1)}"]
 
     def _left_joins(self, first: int) -> str:
         return "".join(f" LEFT JOIN {rows} {alias} ON {alias}.owner = {row}" for rows, alias, row in self.joins[first:])
@@ -119,7 +137,9 @@ class Compiled:
         return f" ORDER BY {', '.join(self.order[first:])}" if self.order else ""
 
 
-def compile_filter(text: str | None, kind: str, tests: Mapping[str, str], now: float) -> Compiled:
+def compile_filter(
+    text: str | None, kind: str, tests: Mapping[str, str], now: float, probing: bool = False
+) -> Compiled:
     """Return the condition that a filter is.
 
     Args:
@@ -127,11 +147,12 @@ def compile_filter(text: str | None, kind: str, tests: Mapping[str, str], now: f
         kind: ``experiments`` (table ``e``) or ``checkpoints`` (table ``c``, of the experiment ``e``).
         tests: how the database tests texts, with {column}, {text} and {length} in it.
         now: Unix seconds, for ages.
+        probing: see ``Compiled``.
 
     Raises:
         QueryError: it cannot be understood, or names what there is not; it points at the place.
     """
-    made = Compiled(kind)
+    made = Compiled(kind, probing)
     if text is not None:
         made.where = _Compiler(text, tests, made, now).condition(parse(text))
     return made
@@ -199,7 +220,7 @@ class _Child:
     """A row of another table, which has one for each name or none."""
 
     owner: str
-    rows: str  # SELECT owner FROM table WHERE name
+    rows: str  # SELECT owner FROM table WHERE name, and when probing, AND it is the owner
     number: str
     text: str
     sort_keys: list[str]
@@ -285,7 +306,10 @@ class _Compiler:
         if node.field.parts not in (("tags",), ("experiment", "tags")):
             raise self._error(f"{node.field} is no set; 'in' goes with tags, or with a list of values", node.field)
         tag = self._bind(dumps(node.value))
-        return f"e.id IN (SELECT experiment_id FROM tags WHERE tag = {tag})"
+        return f"e.id IN (SELECT experiment_id FROM tags WHERE tag = {tag}{self._of_row('tags.experiment_id', 'e.id')})"
+
+    def _of_row(self, owner: str, row: str) -> str:
+        return f" AND {owner} = {row}" if self._made.probing else ""
 
     def sort_keys(self, wanted: Field) -> list[str]:
         return self._column(wanted, join=True).sort_keys
@@ -327,7 +351,8 @@ class _Compiler:
         text = "text" if table == "parameters" else "NULL"
         if ":largest" in number:
             self._made.binds["largest"] = LARGEST
-        rows = f"SELECT {owner} FROM {table} WHERE name = {place}{only}"
+        mine = self._of_row(f"{table}.{owner}", row)
+        rows = f"SELECT {owner} FROM {table} WHERE {table}.name = {place}{only}{mine}"
         keys = []
         if join:
             alias = f"j{place[1:]}"

@@ -10,10 +10,13 @@ from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.checkpoints import LIVE
 from model_checkpoint.database.models import CheckpointRecord, ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, ExperimentNotFoundError
-from model_checkpoint.query import Compiled, compile_columns, compile_filter, compile_order
+from model_checkpoint.query import compile_columns, compile_filter, compile_order
 from model_checkpoint.query.groups import Group, differences, group_of
 from model_checkpoint.tracking.hierarchy import ExperimentNode, Project, Totals, build_tree
 from model_checkpoint.utils.jsonable import exact, flatten
+
+# What a search looks for, and of which rows.
+_WANTED = {"experiments": ("e.id", "1 = 1"), "checkpoints": ("c.id", f"c.status IN {LIVE}")}
 
 
 class Queries:
@@ -62,8 +65,7 @@ class Queries:
             ConfigurationError: limit or offset is no count.
             DatabaseError: the database refused, a regular expression that it does not know, for one.
         """
-        made = self._compile(filter, order_by, "experiments", limit, offset)
-        return self.database.experiments.several(self._page("e.id", made, limit, offset))
+        return self.database.experiments.several(self._page("experiments", filter, order_by, limit, offset))
 
     def search_checkpoints(
         self, filter: str | None = None, order_by: str | None = None, limit: int = 100, offset: int = 0
@@ -73,9 +75,7 @@ class Queries:
         The best one of all runs of a project: ``search_checkpoints("project == 'vision'", "val_loss", limit=1)``.
         Arguments and errors are those of ``search_experiments``; without an order, the newest come first.
         """
-        made = self._compile(filter, order_by, "checkpoints", limit, offset)
-        made.where = f"c.status IN {LIVE} AND {made.where}"
-        return self.database.checkpoints.several(self._page("c.id", made, limit, offset))
+        return self.database.checkpoints.several(self._page("checkpoints", filter, order_by, limit, offset))
 
     def group_by(self, field: str, over: str, filter: str | None = None) -> list[Group]:
         """Return what runs that share a value have in common: across seeds, for one.
@@ -174,22 +174,22 @@ class Queries:
             }
         return {"config": differences(configs), "metrics": differences(metrics)}
 
-    def _compile(self, filter: str | None, order_by: str | None, kind: str, limit: int, offset: int) -> Compiled:
+    def _page(self, kind: str, filter: str | None, order_by: str | None, limit: int, offset: int) -> list[str]:
+        """Return the ids of a page of what a filter lets through."""
         for name, count in (("limit", limit), ("offset", offset)):
             if type(count) is not int or not 0 <= count <= 30_000:
                 raise ConfigurationError(f"{name} must be a count of at most 30,000, not {count!r}")
         now = time.time()
-        made = compile_filter(filter, kind, self.database.text_tests, now)
-        compile_order(order_by, made, now)
-        return made
-
-    def _page(self, column: str, made: Compiled, limit: int, offset: int) -> list[str]:
-        """Return the ids of a page of what was found."""
-        binds = {**made.binds, "limit": limit, "offset": offset}
-        rows: list[tuple[Any, ...]] = []
-        for source in (made.ranked, made.source):
-            if source is not None and len(rows) < limit:  # else the page was full before those that come last
-                rows = self.database.query(f"SELECT {column} FROM {source} LIMIT :limit OFFSET :offset", binds)
+        for probing in (True, False):
+            made = compile_filter(filter, kind, self.database.text_tests, now, probing)
+            compile_order(order_by, made, now)
+            column, only = _WANTED[kind]
+            made.where = f"{only} AND {made.where}"
+            for source in made.sources(limit + offset):
+                sql = f"SELECT {column} FROM {source} LIMIT :limit OFFSET :offset"
+                rows = self.database.query(sql, {**made.binds, "limit": limit, "offset": offset})
+                if len(rows) == limit:  # what comes later stands behind the page
+                    return [row[0] for row in rows]
         return [row[0] for row in rows]
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import math
 import random
 import string
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from hypothesis import strategies as st
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
 from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.database.columns import Columns
+from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import ConfigurationError, QueryError
+from model_checkpoint.query import compiler
 from model_checkpoint.query.groups import group_of
 from tests.servers import KINDS, new_database
 
@@ -141,12 +145,40 @@ def test_filters_find_the_same_on_every_database(queries: Queries, filter: str, 
     ],
 )
 @pytest.mark.parametrize("filter", [None, "metrics.val_loss < 10 or project == 'text'"])
-def test_every_page_is_a_slice_of_the_whole(queries: Queries, filter: str | None, order: str | None) -> None:
+@pytest.mark.parametrize("probed", [2, compiler.PROBED])
+def test_every_page_is_a_slice_of_the_whole(
+    queries: Queries, filter: str | None, order: str | None, probed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "PROBED", probed)
     whole = found(queries, filter, order_by=order)
     assert len(whole) >= 4
-    for offset in range(7):
-        for limit in range(7):
+    for offset in (0, 1, 3, 6):
+        for limit in (0, 1, 2, 5):
             assert found(queries, filter, order_by=order, limit=limit, offset=offset) == whole[offset : offset + limit]
+
+
+def test_pages_of_many_experiments_are_found_by_probing_and_without(tmp_path: Path, chance: random.Random) -> None:
+    runs = []
+    with (
+        closing(EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/many.db")) as database,
+        database.transaction(durable=True),
+    ):
+        for number in range(10 * compiler.PROBED):
+            loss, rate = float(chance.randrange(5)), chance.random()  # losses that many share
+            runs.append((loss, -number, f"{number:036}", rate, number % 3))
+            tags = ["third"] * (number % 3 == 0)
+            record = ExperimentRecord(runs[-1][2], "", None, tags=tags, config={"lr": rate}, created_at=float(number))
+            database.experiments.create(record)
+            points = Columns.of_points([0], [("loss", loss, None, 0.0)])
+            database.metrics.append(record.id, {"loss": points})
+    with Queries(f"sqlite:///{tmp_path}/many.db") as queries:
+        for most in (1.0, 0.5, 0.02):  # many, some and few are let through
+            for offset in (0, 7, 990, 1_500):
+                wanted = sorted(run for run in runs if run[3] < most and run[4] == 0)[offset : offset + 20]
+                page = queries.search_experiments(
+                    f"config.lr < {most} and 'third' in tags", order_by="metrics.loss", limit=20, offset=offset
+                )
+                assert [record.id for record in page] == [run[2] for run in wanted]
 
 
 @pytest.mark.parametrize("order", ["loss", "metrics.acc desc", "experiment.metrics.val_loss.min, epoch", "config.id"])

@@ -50,18 +50,19 @@ class Columns:
         return Columns(self.positions[part], self.steps[part], self.stepless[part], self.values[part], self.times[part])
 
     @classmethod
-    def of_points(cls, positions: Sequence[int], points: Iterable[Point]) -> Columns:
-        """Return the columns of points of one metric, which are at ``positions``."""
-        _, values, steps, times = zip(*points)
+    def of(
+        cls, positions: Iterable[int], values: Iterable[float], steps: Sequence[int | None], times: Iterable[float]
+    ) -> Columns:
+        """Return the columns of points of one metric, each with its position, value, step or None, and time."""
         stepless = array("B")
         if None in steps:
             stepless = array("B", [step is None for step in steps])
-            steps = tuple(step or 0 for step in steps)
+            steps = [step or 0 for step in steps]
         return cls(array("q", positions), array("q", steps), stepless, array("d", values), array("d", times))
 
     def moved(self, distance: int) -> Columns:
         """Return the columns with ``distance`` added to every position."""
-        return replace(self, positions=array("q", map(distance.__add__, self.positions)))
+        return replace(self, positions=array("q", [position + distance for position in self.positions]))
 
     def extend(self, other: Columns) -> None:
         """Put the points of ``other`` behind these."""
@@ -87,7 +88,7 @@ class Columns:
 
     def extremes(self) -> list[int]:
         """Return the indices of the lowest and the highest value, in order; of the first one where all are NaN."""
-        values = self.values
+        values = self.values.tolist()
         low, high = min(values), max(values)
         if not (low == low and high == high):  # with a NaN among them, what min() finds depends on where it stands
             numbers = [value for value in values if value == value]
@@ -181,12 +182,12 @@ def _encode(column: array[Any]) -> Iterator[bytes]:
         return
     first = column[:1]
     stride = int(column[1]) - int(first[0]) if column.typecode == "q" and len(column) > 1 else 0
-    if column.count(first[0]) == len(column) and first[0] != 0.0:
+    if column[-1] == first[0] != 0.0 and column.count(first[0]) == len(column):
         yield _SAME + _little(first)
     elif (
         stride > 0
         and column[-1] == first[0] + stride * (len(column) - 1)
-        and column == _evenly(int(first[0]), stride, len(column))
+        and column.tolist() == list(range(first[0], first[0] + stride * len(column), stride))
     ):
         yield _EVEN + struct.pack("<qq", first[0], stride)
     else:
@@ -203,7 +204,7 @@ def _decode(content: bytes, at: int, typecode: str, count: int) -> tuple[array[A
         column *= count
     elif kind == _EVEN and typecode == "q":
         first, stride = struct.unpack_from("<qq", content, at)
-        return _evenly(first, stride, count), at + 16
+        return array("q", range(first, first + stride * count, stride)), at + 16
     elif kind == _RAW:
         length = column.itemsize * count * content[at : at + 1].count(1)
         column.frombytes(_exactly(content, at + 1, length))
@@ -213,10 +214,6 @@ def _decode(content: bytes, at: int, typecode: str, count: int) -> tuple[array[A
     if sys.byteorder == "big":
         column.byteswap()
     return column, at
-
-
-def _evenly(first: int, stride: int, count: int) -> array[Any]:
-    return array("q", range(first, first + stride * count, stride))
 
 
 def _exactly(content: bytes, at: int, length: int) -> bytes:

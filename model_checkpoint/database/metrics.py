@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model_checkpoint.database.columns import MAX_POINTS, Columns, Point, decode
@@ -51,19 +50,28 @@ class Summary(NamedTuple):
 
     def plus(self, more: Columns) -> Summary:
         """Return the summary with ``more`` points behind those that it is of."""
-        low, low_step, high, high_step, numbers, total = *self[5:], self.numbers, self.total
-        indices = more.extremes()
-        for index in indices:
+        low, low_step, high, high_step = self[5:]
+        for index in more.extremes():
             value = _or_none(more.values[index])
             if value is not None and (low is None or value < low):
                 low, low_step = value, more.step(index)
             if value is not None and (high is None or value > high):
                 high, high_step = value, more.step(index)
-        present = [value for value in more.values if value == value]
-        total = _or_none(total + sum(present)) or 0.0
-        last = _or_none(more.values[-1])
+        present = more.values.tolist()
+        more_total = sum(present)
+        if more_total != more_total:  # a NaN, or infinities of both signs
+            present = [value for value in present if value == value]
+            more_total = sum(present)
         return Summary(
-            self.points + len(more), numbers + len(present), total, last, more.step(-1), low, low_step, high, high_step
+            self.points + len(more),
+            self.numbers + len(present),
+            _or_none(self.total + more_total) or 0.0,
+            _or_none(more.values[-1]),
+            more.step(-1),
+            low,
+            low_step,
+            high,
+            high_step,
         )
 
     def told(self) -> dict[str, Any]:
@@ -289,26 +297,39 @@ def _is_new(connection: Executes, writer: str, batch: int) -> bool:
 
 def grouped(logged: Sequence[Logged]) -> dict[str, Columns]:
     """Return name -> columns, with positions from 0 in the order logged."""
-    where: defaultdict[str, list[int]] = defaultdict(list)
-    for index, item in enumerate(logged):
-        where[item[0]].append(index)
-    if Columns in set(map(type, map(itemgetter(1), logged))):
-        places = [0, *accumulate(len(item[1]) if isinstance(item[1], Columns) else 1 for item in logged)]
-        return {name: _mixed(logged, indices, places) for name, indices in where.items()}
-    return {
-        name: Columns.of_points(indices, map(logged.__getitem__, indices))  # type: ignore[arg-type]
-        for name, indices in where.items()
-    }
+    if not logged:
+        return {}
+    names, values, *rest = zip(*logged)  # as many columns as the shortest row has
+    if not rest:
+        return _with_bulks(logged)
+    steps, times = rest
+    if names.count(names[0]) == len(names):
+        return {names[0]: Columns.of(list(range(len(names))), values, steps, times)}
+    made = {}
+    for name, indices in _places(names).items():
+        made[name] = Columns.of(
+            indices, [values[i] for i in indices], [steps[i] for i in indices], [times[i] for i in indices]
+        )
+    return made
 
 
-def _mixed(logged: Sequence[Logged], indices: Iterable[int], places: Sequence[int]) -> Columns:
-    made = Columns()
-    for index in indices:
-        item = logged[index]
+def _places(names: Iterable[str]) -> dict[str, list[int]]:
+    found: defaultdict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(names):
+        found[name].append(index)
+    return found
+
+
+def _with_bulks(logged: Sequence[Logged]) -> dict[str, Columns]:
+    starts = [0, *accumulate(len(item[1]) if isinstance(item[1], Columns) else 1 for item in logged)]
+    made: defaultdict[str, Columns] = defaultdict(Columns)
+    for item, start, end in zip(logged, starts, starts[1:]):
         if isinstance(item[1], Columns):
-            made.extend(replace(item[1], positions=array("q", range(places[index], places[index + 1]))))
+            more = replace(item[1], positions=array("q", range(start, end)))
         else:
-            made.extend(Columns.of_points([places[index]], [item]))
+            _, value, step, at = item
+            more = Columns.of([start], [value], [step], [at])
+        made[item[0]].extend(more)
     return made
 
 

@@ -116,10 +116,9 @@ def blocks_and_scores(connection: Executes, types: Mapping[str, str]) -> None:
             "SELECT id FROM series WHERE experiment_id = :experiment AND name = :name", bind
         ).fetchall()
         if found:
-            points = [
-                (name, float(special) if value is None else value, step, at) for _, value, special, step, at in found
-            ]
-            columns = Columns.of_points([row[0] for row in found], points)
+            positions, numbers, specials, steps, times = zip(*found)
+            values = [float(special) if number is None else number for number, special in zip(numbers, specials)]
+            columns = Columns.of(positions, values, steps, times)
             add_points(connection, {name: (new, None, *Summary())}, {name: columns})
     for checkpoint_id, details in connection.execute("SELECT id, details FROM checkpoints").fetchall():
         scores = decode_details(json.loads(details))

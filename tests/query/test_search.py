@@ -169,7 +169,7 @@ def test_pages_of_many_experiments_are_found_by_probing_and_without(tmp_path: Pa
             tags = ["third"] * (number % 3 == 0)
             record = ExperimentRecord(runs[-1][2], "", None, tags=tags, config={"lr": rate}, created_at=float(number))
             database.experiments.create(record)
-            points = Columns.of_points([0], [("loss", loss, None, 0.0)])
+            points = Columns.of([0], [loss], [None], [0.0])
             database.metrics.append(record.id, {"loss": points})
     with Queries(f"sqlite:///{tmp_path}/many.db") as queries:
         for most in (1.0, 0.5, 0.02):  # many, some and few are let through

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from model_checkpoint import ExperimentTracker
+from model_checkpoint import ExperimentTracker, Queries
 from model_checkpoint.database import EnhancedDatabaseConnection, sqlite
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.database.sqlite import file_system
@@ -180,6 +180,69 @@ def test_a_missing_folder_is_named_and_not_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"folder .*nowhere does not exist"):
         EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/nowhere/runs.db")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_reading_and_resuming_make_no_database_where_the_path_names_none(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/experimnets.db"
+    for open_it in (lambda: Queries(url), lambda: ExperimentTracker.resume("an id", url)):
+        with pytest.raises(ConfigurationError, match=r"there is no database .*experimnets\.db; check the path"):
+            open_it()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_database_of_another_program_is_not_taken_for_one_of_experiments(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE runs (id TEXT)")
+    with pytest.raises(ConfigurationError, match=r"mlflow.db has no experiments in it; check the path"):
+        Queries(f"sqlite:///{path}")
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("runs",)]
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Let nobody write a folder: by its mode, and where root needs more than that, by a mount."""
+    if os.geteuid():
+        folder.chmod(0o555)
+        for file in folder.iterdir():
+            file.chmod(0o444)
+    elif subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True).returncode:
+        pytest.skip("a read-only mount cannot be made here, and root writes everything else")
+    try:
+        yield
+    finally:
+        if os.geteuid():
+            folder.chmod(0o755)
+        else:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_database_that_may_not_be_written_can_be_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    url = f"sqlite:///{folder}/runs of 2025?.db"
+    with ExperimentTracker("old", database_url=url) as run:
+        run.log_metric("loss", 0.5)
+    with read_only(folder):
+        with Queries(url) as queries:
+            assert [found.id for found in queries.search_experiments("metrics.loss == 0.5")] == [run.experiment_id]
+        with pytest.raises(DatabaseError, match="readonly database; this process may not write it"):
+            ExperimentTracker.resume(run.experiment_id, url)
+        with pytest.raises(DatabaseError, match="can be written"):
+            ExperimentTracker("new", database_url=url)
+        assert sorted(path.name for path in folder.iterdir()) == ["runs of 2025?.db", "runs of 2025?.db-lock"]
+
+
+def test_a_database_of_an_older_version_that_may_not_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    shutil.copy(Path(__file__).parent / "golden" / "database_v3.db", folder / "old.db")
+    with (
+        read_only(folder),
+        pytest.raises(DatabaseError, match=r"old\.db was written by an older version of this package"),
+    ):
+        Queries(f"sqlite:///{folder}/old.db")
 
 
 def test_a_directory_in_place_of_the_file_is_refused_by_name(path: Path) -> None:

@@ -12,7 +12,7 @@ from model_checkpoint.database.attempts import AttemptTable
 from model_checkpoint.database.checkpoints import CheckpointTable
 from model_checkpoint.database.experiments import ExperimentTable
 from model_checkpoint.database.metrics import MetricTable
-from model_checkpoint.database.schema import Executes
+from model_checkpoint.database.schema import Executes, check_version, latest_version
 from model_checkpoint.database.stores import StoreTable
 from model_checkpoint.database.tombstones import TombstoneTable
 from model_checkpoint.database.verifications import VerificationTable
@@ -24,6 +24,7 @@ _POOLS = {
     "postgresql": "model_checkpoint.database.server_pool:ServerPool",
     "mysql": "model_checkpoint.database.server_pool:ServerPool",
 }
+UNFINISHED = "database {}: a transaction within this one raised, so that this one is undone, too; nothing was stored"
 
 
 class EnhancedDatabaseConnection:
@@ -36,6 +37,8 @@ class EnhancedDatabaseConnection:
         pool_size: connections open at most, to a server at least one for writing and one for reading; a thread that
             finds none free waits.
         busy_timeout: seconds to wait for another writer, or for a free connection, before an error.
+        create: whether a database that is not there is made. Without it, that is an error, and a file that this process
+            may not write is opened all the same.
 
     Attributes:
         experiments, metrics, attempts, checkpoints, stores, tombstones, verifications: the tables.
@@ -44,7 +47,7 @@ class EnhancedDatabaseConnection:
         max_name: characters of a metric's name, a tag or a project; what is a key on a server has to be short.
 
     Raises:
-        ConfigurationError: the URL or ``pool_size`` cannot be used.
+        ConfigurationError: the URL or ``pool_size`` cannot be used, or there is no database and ``create`` is False.
         MissingDependencyError: the extra of the server's database is not installed.
         FormatVersionError: the database was written by a newer version of this package.
         DatabaseError: it cannot be opened.
@@ -60,15 +63,23 @@ class EnhancedDatabaseConnection:
         return object.__new__(_pool(database_url) if cls is EnhancedDatabaseConnection else cls)
 
     def __init__(
-        self, database_url: str = "sqlite:///experiments.db", pool_size: int = 5, busy_timeout: float = 30.0
+        self,
+        database_url: str = "sqlite:///experiments.db",
+        pool_size: int = 5,
+        busy_timeout: float = 30.0,
+        create: bool = True,
     ) -> None:
         if pool_size < 1:
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size}")
         self.database_url = database_url
         self._closers: list[WeakMethod[Callable[[], object]]] = []
-        self._start(pool_size, busy_timeout)
+        self._start(pool_size, busy_timeout, create)
         try:
-            if not self._up_to_date():
+            version = self._version()
+            check_version(version, self.place)
+            if version == 0 and not create:
+                raise ConfigurationError(f"database {self.place} has no experiments in it; check the path or URL")
+            if version < latest_version():
                 self._migrate()
         except BaseException:
             self.close()
@@ -84,7 +95,8 @@ class EnhancedDatabaseConnection:
     def transaction(self, durable: bool = False, alone: bool = True) -> AbstractContextManager[Executes]:
         """Run a block in a write transaction: committed when it ends, rolled back when it raises.
 
-        Inside another transaction of the same thread it joins that one, which must be durable if this one is.
+        Inside another transaction of the same thread it joins that one, which must be durable if this one is. A block
+        that raises there undoes the whole transaction, also when somebody catches the error within it.
 
         Args:
             durable: whether the commit must survive power loss before this returns (a file sync). Without it the
@@ -114,12 +126,12 @@ class EnhancedDatabaseConnection:
         """
         raise NotImplementedError
 
-    def _start(self, pool_size: int, busy_timeout: float) -> None:
+    def _start(self, pool_size: int, busy_timeout: float, create: bool) -> None:
         """Make the pool, and say ``place``."""
         raise NotImplementedError
 
-    def _up_to_date(self) -> bool:
-        """Whether there is nothing to migrate, found out without a write lock."""
+    def _version(self) -> int:
+        """Return the number of the last migration, 0 where there was none, without a write lock."""
         raise NotImplementedError
 
     def _inside(self) -> bool:

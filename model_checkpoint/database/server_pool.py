@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any, ClassVar, Protocol
 
-from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
+from model_checkpoint.database.enhanced_connection import UNFINISHED, EnhancedDatabaseConnection
 from model_checkpoint.database.mysql import MySQLDialect
 from model_checkpoint.database.postgresql import PostgreSQLDialect
-from model_checkpoint.database.schema import Executes, check_version, latest_version, migrate_once
+from model_checkpoint.database.schema import Executes, migrate_once
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.optional import require
@@ -73,7 +73,7 @@ class ServerPool(EnhancedDatabaseConnection):
 
     max_name = 500  # 2,000 bytes at most; a key of PostgreSQL has 2,704, one of InnoDB 3,072 with its experiment's id
 
-    def _start(self, pool_size: int, busy_timeout: float) -> None:
+    def _start(self, pool_size: int, busy_timeout: float, create: bool) -> None:
         self._dialect = _DIALECTS[self.database_url.partition(":")[0]]()
         purpose = f"a database_url that begins with {self.database_url.partition(':')[0]}://"
         self._sqlalchemy = require("sqlalchemy", self._dialect.extra, purpose)
@@ -139,17 +139,21 @@ class ServerPool(EnhancedDatabaseConnection):
         if self._inside():
             if alone and not self._mine.alone:
                 raise DatabaseError("a transaction that is alone inside one that is not: make the outer one so")
+            self._mine.unfinished += 1
             yield self._mine.connection
+            self._mine.unfinished -= 1
             return
         with self._errors(), self._engine.connect() as raw:  # rolled back where it is not committed
             connection = _Connection(raw, self._dialect)
             if alone:
                 connection.execute(self._dialect.take_turn)
-            self._mine.connection, self._mine.alone = connection, alone
+            self._mine.connection, self._mine.alone, self._mine.unfinished = connection, alone, 0
             try:
                 yield connection
             finally:
                 self._mine.connection = None
+            if self._mine.unfinished:
+                raise DatabaseError(UNFINISHED.format(self.place))
             self._commit(raw)
 
     def query(
@@ -162,13 +166,12 @@ class ServerPool(EnhancedDatabaseConnection):
             with self._reader.connect() as raw:
                 return [tuple(row) for row in _Connection(raw, self._dialect).execute(sql, parameters or {})]
 
-    def _up_to_date(self) -> bool:
+    def _version(self) -> int:
         with self._errors():
             if not self._sqlalchemy.inspect(self._reader).has_table("migrations"):
-                return False
+                return 0
         ((number,),) = self.query("SELECT COALESCE(MAX(number), 0) FROM migrations")
-        check_version(number, self.place)
-        return bool(number == latest_version())
+        return int(number)
 
     def _migrate(self) -> None:
         more = True

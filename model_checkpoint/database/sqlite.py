@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections.abc import Sequence
 from io import FileIO
+from pathlib import Path
 from typing import Any, ClassVar
 
 from model_checkpoint.errors import ConfigurationError, DatabaseError
@@ -46,6 +47,7 @@ class SQLiteDialect:
     Args:
         path: the file, or ``:memory:``.
         busy_timeout: seconds that a statement waits for another writer.
+        create: whether a file that is not there is made; else one that cannot be written is opened, too.
 
     Attributes:
         types: what tables are made of, see ``schema.migrate_once``.
@@ -78,10 +80,11 @@ class SQLiteDialect:
     # The second one comes from damaged text in the file.
     driver_errors: ClassVar[tuple[type[Exception], ...]] = (sqlite3.Error, UnicodeDecodeError)
 
-    def __init__(self, path: str, busy_timeout: float) -> None:
+    def __init__(self, path: str, busy_timeout: float, create: bool = True) -> None:
         self.in_memory = path == ":memory:"
         self.path = path if self.in_memory else os.path.abspath(path)
         self._busy_timeout = busy_timeout
+        self._create = create
 
     def connect(self) -> SQLiteConnection:
         """Open a connection; any thread may use it, one at a time.
@@ -93,10 +96,14 @@ class SQLiteDialect:
         folder = os.path.dirname(self.path)
         if not self.in_memory and not os.path.isdir(folder):
             raise ConfigurationError(f"cannot open database {self.path}: the folder {folder} does not exist; create it")
+        if not (self._create or os.path.exists(self.path)):
+            raise ConfigurationError(f"there is no database {self.path}; check the path")
+        read_only = not (self._create or os.access(self.path, os.W_OK))
         connection: SQLiteConnection | None = None
         try:
             connection = sqlite3.connect(
-                self.path,
+                self._read_only_uri() if read_only else self.path,
+                uri=read_only,
                 timeout=self._busy_timeout,
                 isolation_level=None,  # we say BEGIN and COMMIT ourselves
                 check_same_thread=False,
@@ -108,7 +115,8 @@ class SQLiteDialect:
             connection.execute("PRAGMA foreign_keys=ON")
             connection.create_function("regexp", 2, _matches, deterministic=True)
             if not self.in_memory:
-                self._open_log(connection)
+                if not read_only:
+                    self._open_log(connection)
                 connection.inode = os.stat(self.path).st_ino
         except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             if connection is not None:
@@ -119,6 +127,11 @@ class SQLiteDialect:
                 "again by their manifests"
             ) from error
         return connection
+
+    def _read_only_uri(self) -> str:
+        # Readers of a write-ahead log write its index. Where they cannot, and no log is there, nobody writes the file.
+        frozen = not (os.access(os.path.dirname(self.path), os.W_OK) or os.path.exists(f"{self.path}-wal"))
+        return f"{Path(self.path).as_uri()}?mode=ro{'&immutable=1' * frozen}"
 
     def _open_log(self, connection: SQLiteConnection) -> None:
         kind = file_system(self.path)

@@ -16,8 +16,8 @@ from operator import attrgetter, methodcaller
 from types import FrameType
 from typing import Any
 
-from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
-from model_checkpoint.database.schema import check_version, latest_version, migrate_once, version_of
+from model_checkpoint.database.enhanced_connection import UNFINISHED, EnhancedDatabaseConnection
+from model_checkpoint.database.schema import latest_version, migrate_once, version_of
 from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
@@ -45,38 +45,41 @@ _TIDY_EVERY = 32  # write transactions; a look at the log's size costs 2 us
 class SQLitePool(EnhancedDatabaseConnection):
     """A SQLite database; see ``EnhancedDatabaseConnection``."""
 
-    def _start(self, pool_size: int, busy_timeout: float) -> None:
+    def _start(self, pool_size: int, busy_timeout: float, create: bool) -> None:
         rest = self.database_url.partition("://")[2]
         if not (rest.startswith("/") and len(rest) > 1):
             raise ConfigurationError(
                 f"database_url {self.database_url!r} names no file; use 'sqlite:///file.db' (relative), "
                 "'sqlite:////absolute/file.db' or 'sqlite:///:memory:'"
             )
-        self._dialect = SQLiteDialect(rest[1:], busy_timeout)
+        self._dialect = SQLiteDialect(rest[1:], busy_timeout, create)
         self.text_tests = self._dialect.text_tests
         self.place, self.in_memory = self._dialect.path, self._dialect.in_memory
         self._size = 1 if self._dialect.in_memory else pool_size
         self._transactions = 0
         self._durable = False  # whether the running transaction is
+        self._unfinished = 0  # blocks within it that did not come to their end
         self._running: object = None  # that transaction, and the frame whose with block it is
         self._block: FrameType | None = None
         self._new_pool()
         watch(self)
 
-    def _up_to_date(self) -> bool:
-        """Whether there is nothing to migrate, found out without the write lock."""
+    def _version(self) -> int:
         with self._writer.lock:
             connection = self._open(self._writer)
             try:
                 if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'migrations'").fetchone():
-                    return False
-                (number,) = connection.execute("SELECT MAX(number) FROM migrations").fetchone()
+                    return 0
+                return int(connection.execute("SELECT COALESCE(MAX(number), 0) FROM migrations").fetchone()[0])
             except self._dialect.driver_errors as error:
                 raise self._failed(error) from error
-            check_version(number or 0, self.place)
-            return bool(number == latest_version())
 
     def _migrate(self) -> None:
+        if not (self.in_memory or os.access(self.place, os.W_OK)):
+            raise DatabaseError(
+                f"database {self.place} was written by an older version of this package, and this process may not "
+                "change its schema; open it once with one that may write it"
+            )
         more, copied = True, self.in_memory
         while more:
             with self.transaction(durable=True) as connection:
@@ -145,7 +148,9 @@ class SQLitePool(EnhancedDatabaseConnection):
         if self._writer.lock._is_owned() and self._inside():  # type: ignore[attr-defined]
             if durable and not self._durable:
                 raise DatabaseError("a durable transaction inside one that is not: make the outer one durable")
+            self._unfinished += 1
             yield self._open(self._writer)
+            self._unfinished -= 1
             return
         while self._writer.lock._is_owned():  # type: ignore[attr-defined]
             self._writer.lock.release()  # left by an interrupt
@@ -167,8 +172,10 @@ class SQLitePool(EnhancedDatabaseConnection):
                 fcntl.flock(connection.guard, fcntl.LOCK_SH)
             for statement in self._dialect.begin[durable]:
                 connection.execute(statement)
-            self._durable = durable
+            self._durable, self._unfinished = durable, 0
             yield connection
+            if self._unfinished:
+                raise DatabaseError(UNFINISHED.format(path))
             connection.execute("COMMIT")
         except self._dialect.driver_errors as error:
             raise self._failed(error) from error
@@ -229,6 +236,8 @@ class SQLitePool(EnhancedDatabaseConnection):
         advice = "nothing was stored"
         if "locked" in str(error):
             advice = "another process holds it for long: raise busy_timeout"
+        elif "readonly" in str(error):
+            advice = "this process may not write it; nothing was stored"
         elif "malformed" in str(error) or "not a database" in str(error):
             advice = _DAMAGED
         return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")

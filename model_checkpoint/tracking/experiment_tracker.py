@@ -110,7 +110,8 @@ class ExperimentTracker(ExperimentReader):
     ) -> ExperimentTracker:
         """Start an experiment under this one, in its project and on its connection, which stays this one's.
 
-        Args are those of the constructor. A child that is used after this tracker was closed cannot store anything.
+        Args are those of the constructor. When this tracker is closed, the metrics of its children are stored, too; one
+        that is used after that cannot store anything.
         """
         return self._start(self.experiment_id, experiment_name, tags, config, metadata)
 
@@ -147,6 +148,7 @@ class ExperimentTracker(ExperimentReader):
         experiment = described(name, self.project_name, tags, config, metadata)
         made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
         made._lender = self
+        self.database.before_close(made.flush)
         return made
 
     @classmethod
@@ -171,10 +173,11 @@ class ExperimentTracker(ExperimentReader):
 
         Raises:
             ExperimentNotFoundError: it is not in the database.
+            ConfigurationError: there is no such database.
             CheckpointNotFoundError: it has no such checkpoint; nothing was changed.
         """
         wanted = in_force(capture).again
-        database = EnhancedDatabaseConnection(database_url)
+        database = EnhancedDatabaseConnection(database_url, create=False)
         try:
             experiment = database.experiments.get(experiment_id)
             if experiment is None:

@@ -40,14 +40,17 @@ class Queries:
     where the pattern is made for it, such as ``(a+)+$``: take none from people whom you do not trust.
 
     Args:
-        database: a URL, or a connection, which stays its owner's.
+        database: a URL, or a connection, which stays its owner's. A SQLite file that cannot be written is read all the
+            same, if this version of the package has written it.
+
+    Raises:
+        ConfigurationError: there is no such database, or it holds no experiments.
+        DatabaseError, FormatVersionError, MissingDependencyError: it cannot be used.
     """
 
     def __init__(self, database: EnhancedDatabaseConnection | str = "sqlite:///experiments.db") -> None:
         self._owned = isinstance(database, str)
-        self.database = (
-            database if isinstance(database, EnhancedDatabaseConnection) else EnhancedDatabaseConnection(database)
-        )
+        self.database = EnhancedDatabaseConnection(database, create=False) if isinstance(database, str) else database
 
     def search_experiments(
         self, filter: str | None = None, order_by: str | None = None, limit: int = 100, offset: int = 0
@@ -176,9 +179,9 @@ class Queries:
 
     def _page(self, kind: str, filter: str | None, order_by: str | None, limit: int, offset: int) -> list[str]:
         """Return the ids of a page of what a filter lets through."""
-        for name, count in (("limit", limit), ("offset", offset)):
-            if type(count) is not int or not 0 <= count <= 30_000:
-                raise ConfigurationError(f"{name} must be a count of at most 30,000, not {count!r}")
+        for name, count, most in (("limit", limit, 30_000), ("offset", offset, 2**62)):
+            if type(count) is not int or not 0 <= count <= most:
+                raise ConfigurationError(f"{name} must be a count of at most {most:,}, not {count!r}")
         now = time.time()
         for probing in (True, False):
             made = compile_filter(filter, kind, self.database.text_tests, now, probing)

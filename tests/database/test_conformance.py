@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -92,6 +93,28 @@ def test_a_transaction_commits_when_its_block_ends_and_rolls_back_when_it_raises
     other = EnhancedDatabaseConnection(url)
     assert names_in(other) == ["kept"]
     other.close()
+
+
+def test_an_inner_transaction_that_raised_undoes_the_outer_one_although_it_was_caught(
+    database: EnhancedDatabaseConnection,
+) -> None:
+    def crash() -> None:
+        with database.transaction(durable=True):
+            put(database, "inner")
+            raise RuntimeError("no")
+
+    def catch() -> None:
+        with database.transaction(durable=True):
+            put(database, "outer")
+            with contextlib.suppress(RuntimeError):
+                crash()
+
+    with pytest.raises(DatabaseError, match=r"within this one raised.*nothing was stored"):
+        catch()
+    assert names_in(database) == []
+    with database.transaction(durable=True):
+        put(database, "later")
+    assert names_in(database) == ["later"]
 
 
 def test_an_inner_transaction_is_undone_with_the_outer(database: EnhancedDatabaseConnection) -> None:

@@ -70,6 +70,13 @@ def queries(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             yield queries
 
 
+@pytest.fixture(scope="module")
+def empty() -> Iterator[Queries]:
+    database = EnhancedDatabaseConnection("sqlite:///:memory:")
+    yield Queries(database)
+    database.close()
+
+
 def found(queries: Queries, filter: str | None, **options: Any) -> list[int]:
     names = [run["name"] for run in RUNS]
     return [names.index(record.name) for record in queries.search_experiments(filter, **options)]
@@ -198,6 +205,7 @@ def test_order_limit_and_offset(queries: Queries) -> None:
     assert found(queries, None, order_by="config.id, name") == [3, 2, 4, 0, 1]
     assert found(queries, None, order_by='metrics["val/acc 1"]', limit=2, offset=1) == [1, 2]
     assert found(queries, "project == 'vision'", limit=0) == []
+    assert found(queries, None, offset=2**62) == []
 
 
 def test_the_best_checkpoint_across_runs_is_one_call(queries: Queries) -> None:
@@ -270,9 +278,11 @@ def test_reading_changes_nothing(queries: Queries) -> None:
         ("name == 'a' or " * 2000, "characters", 0),
     ],
 )
-def test_what_is_no_filter_is_an_error_that_points_at_the_place(filter: str, problem: str, column: int | None) -> None:
-    with Queries("sqlite:///:memory:") as queries, pytest.raises(QueryError, match=problem) as caught:
-        queries.search_experiments(filter)
+def test_what_is_no_filter_is_an_error_that_points_at_the_place(
+    empty: Queries, filter: str, problem: str, column: int | None
+) -> None:
+    with pytest.raises(QueryError, match=problem) as caught:
+        empty.search_experiments(filter)
     assert isinstance(caught.value, ValueError)
     if column is not None:
         assert caught.value.column == column
@@ -280,19 +290,20 @@ def test_what_is_no_filter_is_an_error_that_points_at_the_place(filter: str, pro
 
 
 @pytest.mark.parametrize("order", ["nme", "name up", "name; DROP TABLE experiments", "", "name,", "tags", "1"])
-def test_what_is_no_order_is_refused(order: str) -> None:
-    with Queries("sqlite:///:memory:") as queries:
-        if order == "":
-            assert queries.search_experiments(order_by=order) == []
-        else:
-            with pytest.raises(QueryError):
-                queries.search_experiments(order_by=order)
+def test_what_is_no_order_is_refused(empty: Queries, order: str) -> None:
+    if order == "":
+        assert empty.search_experiments(order_by=order) == []
+    else:
+        with pytest.raises(QueryError):
+            empty.search_experiments(order_by=order)
 
 
-@pytest.mark.parametrize("options", [{"limit": -1}, {"offset": -1}, {"limit": "5"}, {"limit": 10**6}, {"limit": True}])
-def test_a_limit_that_is_no_count_is_refused(options: dict[str, Any]) -> None:
-    with Queries("sqlite:///:memory:") as queries, pytest.raises(ConfigurationError, match="must be a count"):
-        queries.search_experiments(**options)
+@pytest.mark.parametrize(
+    "options", [{"limit": -1}, {"offset": -1}, {"limit": "5"}, {"limit": 10**6}, {"limit": True}, {"offset": 2**63}]
+)
+def test_a_limit_that_is_no_count_is_refused(empty: Queries, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="must be a count"):
+        empty.search_experiments(**options)
 
 
 INJECTIONS = [
@@ -327,12 +338,12 @@ def test_a_text_is_a_text_wherever_it_stands(queries: Queries, text: str) -> Non
 
 
 def test_texts_that_were_stored_are_found_by_themselves(tmp_path: Path) -> None:
+    for text in INJECTIONS:
+        run = ExperimentTracker(
+            text, text, tags=[text], config={text: text}, database_url=f"sqlite:///{tmp_path}/runs.db"
+        )
+        run.close()
     with Queries(f"sqlite:///{tmp_path}/runs.db") as queries:
-        for text in INJECTIONS:
-            run = ExperimentTracker(
-                text, text, tags=[text], config={text: text}, database_url=f"sqlite:///{tmp_path}/runs.db"
-            )
-            run.close()
         for text in INJECTIONS:
             quoted = repr(text)
             filter = f"name == {quoted} and project == {quoted} and {quoted} in tags and config[{quoted}] == {quoted}"
@@ -422,13 +433,6 @@ def test_a_list_may_have_as_many_values_as_a_filter_holds(queries: Queries) -> N
     numbers = ",".join(map(str, range(1_900)))
     assert found(queries, f"config.id in ({numbers})") == [3]
     assert sorted(found(queries, f"config.id in ({numbers},'5',None)")) == [0, 1, 2, 3, 4]
-
-
-@pytest.fixture(scope="module")
-def empty() -> Iterator[Queries]:
-    database = EnhancedDatabaseConnection("sqlite:///:memory:")
-    yield Queries(database)
-    database.close()
 
 
 WORDS = [
@@ -526,10 +530,10 @@ def test_filters_agree_with_python(queries: Queries, chance: random.Random) -> N
         assert sorted(found(queries, ours)) == expected, ours
 
 
-def test_the_names_of_a_filter_are_documented() -> None:
+def test_the_names_of_a_filter_are_documented(empty: Queries) -> None:
     """What the error offers is what the docstring explains."""
-    with Queries("sqlite:///:memory:") as queries, pytest.raises(QueryError) as caught:
-        queries.search_checkpoints("x == 1")
+    with pytest.raises(QueryError) as caught:
+        empty.search_checkpoints("x == 1")
     offered = str(caught.value).partition("there are ")[2].partition("\n")[0].split(", ")
     for name in offered:
         assert name.strip(string.whitespace) in (Queries.__doc__ or ""), name

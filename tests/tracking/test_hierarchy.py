@@ -98,6 +98,17 @@ def test_children_share_the_connection_of_their_parent_also_in_memory() -> None:
         late.set_status("failed")
 
 
+def test_what_children_have_logged_is_stored_when_their_parent_is_closed(url: str) -> None:
+    parent = ExperimentTracker("parent", database_url=url)
+    child = parent.child("child")
+    grandchild = child.child("grandchild")
+    for run in (child, grandchild):
+        run.log_metric("loss", 1.0)
+    parent.close()
+    with Queries(url) as queries:
+        assert len(queries.search_experiments("metrics.loss == 1")) == 2
+
+
 def test_a_fork_notes_the_checkpoint_that_it_goes_on_from(url: str, tmp_path: Path) -> None:
     with ExperimentTracker("base", "text", database_url=url) as base:
         with EnhancedCheckpointManager(base, tmp_path / "c") as manager:

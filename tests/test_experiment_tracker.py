@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from model_checkpoint import ExperimentTracker
+from model_checkpoint import ExperimentTracker, Queries
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import (
     ConfigurationError,
@@ -922,6 +922,73 @@ def test_a_block_that_ends_in_an_exit_ends_as_the_exit_says(code: object, status
         sys.exit(code)  # type: ignore[arg-type]
     assert run.record.status == status
     outer.close()
+
+
+LEFT_OPEN = """
+import multiprocessing, os, sys
+from model_checkpoint import ExperimentTracker
+
+def work(run_id):
+    run = ExperimentTracker.resume(run_id, sys.argv[1])
+    run.log_metric("loss", 1.0)
+    run.flush()
+    sys.exit(0)
+
+if __name__ == "__main__":
+    run = ExperimentTracker("left", database_url=sys.argv[1])
+    child = run.child("child")
+    if sys.argv[2] == "spawned":
+        worker = multiprocessing.get_context("spawn").Process(target=work, args=(run.experiment_id,))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 0
+        os._exit(0)
+    if sys.argv[2] == "forked":
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        os._exit(0)
+    if sys.argv[2] == "told":
+        run.set_status("interrupted")
+    elif sys.argv[2] != "ends":
+        raise {"raises": RuntimeError, "stopped": KeyboardInterrupt}[sys.argv[2]]("no")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "of_child"),
+    [
+        ("ends", "completed", "completed"),
+        ("raises", "failed", "failed"),
+        ("stopped", "interrupted", "interrupted"),
+        ("told", "interrupted", "completed"),
+        ("spawned", "running", "running"),
+        ("forked", "running", "running"),
+    ],
+)
+def test_a_run_that_nobody_closed_ends_with_its_process(tmp_path: Path, how: str, status: str, of_child: str) -> None:
+    url = f"sqlite:///{tmp_path}/runs.db"
+    (tmp_path / "train.py").write_text(LEFT_OPEN)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, tmp_path / "train.py", url, how], env=environment, timeout=DEADLINE, check=False)
+    with Queries(url) as queries:
+        found = {record.name: record for record in queries.search_experiments()}
+    assert (found["left"].status, found["child"].status) == (status, of_child)
+    assert (found["left"].ended_at is None) == (status == "running")
+
+
+def test_an_error_that_somebody_typed_does_not_end_a_run(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/runs.db"
+    typed = (
+        f"from model_checkpoint import ExperimentTracker\nrun = ExperimentTracker('r', database_url='{url}')\n1 / 0\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-i"], input=typed, cwd=ROOT, text=True, capture_output=True, timeout=DEADLINE
+    )
+    assert "ZeroDivisionError" in done.stderr
+    with Queries(url) as queries:
+        assert [record.status for record in queries.search_experiments()] == ["completed"]
 
 
 def test_a_child_keeps_the_connection_of_its_parent(tmp_path: Path) -> None:

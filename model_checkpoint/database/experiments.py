@@ -180,6 +180,14 @@ class ExperimentTable:
                 ),
             )
 
+    def conclude(self, experiment_id: str, status: str) -> None:
+        """Store the final status of a run that nobody has given one, durably."""
+        with self._db.transaction(durable=True) as connection:
+            connection.execute(
+                "UPDATE experiments SET status = :status, ended_at = :now WHERE id = :id AND status = 'running'",
+                {"id": experiment_id, "status": status, "now": time.time()},
+            )
+
     def set_status(self, experiment_id: str, status: str) -> None:
         """Store a status, durably; any but ``running`` also notes the time of the end."""
         with self._db.transaction(durable=True) as connection:

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from model_checkpoint.database import EnhancedDatabaseConnection
@@ -17,13 +18,12 @@ from model_checkpoint.errors import (
     ConfigurationError,
     DatabaseError,
     ExperimentNotFoundError,
-    Preempted,
     UnsupportedValueError,
 )
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.arguments import check_lengths, described, plain_mapping, plain_tags
 from model_checkpoint.tracking.capture import Capture, at_once, in_force
-from model_checkpoint.tracking.closing import Held
+from model_checkpoint.tracking.closing import Held, status_after
 from model_checkpoint.tracking.experiment_reader import ExperimentReader
 from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
@@ -39,8 +39,10 @@ class ExperimentTracker(ExperimentReader):
     """Tracks one experiment; safe to use from many threads.
 
     Metrics are buffered: ``log_metric`` returns at once and a thread writes within half a second. Use it in a ``with``
-    block, or call ``close``, to end it with a status. A ``multiprocessing`` child must ``flush`` or ``close`` before it
-    ends: such a child does not go through the interpreter's exit, and the last half second would be lost.
+    block, or call ``close``, to end it with a status. What is open at the interpreter's exit is ``completed`` then, or
+    after an exception ``failed`` or ``interrupted``; of ``sys.exit(1)`` outside a block nobody knows there. A
+    ``multiprocessing`` child must ``flush`` or ``close`` before it ends: such a child does not go through the
+    interpreter's exit, and the last half second would be lost.
 
     Args:
         experiment_name: what this run is called; names need not be unique.
@@ -224,7 +226,8 @@ class ExperimentTracker(ExperimentReader):
         self.spooled = metrics.spooled
         self._recording = Recording(database, experiment.id)
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        self._held = Held(self._recording, self._writer, metrics, database if owned else None)
+        conclude = partial(database.experiments.conclude, experiment.id)
+        self._held = Held(self._recording, self._writer, metrics, database if owned else None, conclude)
         self._finish = weakref.finalize(self, self._held.let_go_of_abandoned)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
@@ -379,13 +382,10 @@ class ExperimentTracker(ExperimentReader):
     def __enter__(self) -> ExperimentTracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is None or (isinstance(error, SystemExit) and not error.code):
-            status = "completed"
-        else:
-            status = "interrupted" if issubclass(kind, (KeyboardInterrupt, Preempted)) else "failed"
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._ended:
             return
+        status = status_after(error)
         self.flush()
         try:
             self.set_status(status)

@@ -929,6 +929,7 @@ import multiprocessing, os, sys
 from model_checkpoint import ExperimentTracker
 
 def work(run_id):
+    global run
     run = ExperimentTracker.resume(run_id, sys.argv[1])
     run.log_metric("loss", 1.0)
     run.flush()

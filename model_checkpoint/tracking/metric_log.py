@@ -9,6 +9,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from model_checkpoint.database import EnhancedDatabaseConnection
@@ -18,8 +20,10 @@ from model_checkpoint.errors import DatabaseError
 from model_checkpoint.performance.spool import Spool
 from model_checkpoint.performance.statistics import Tally
 from model_checkpoint.utils.fork import watch
+from model_checkpoint.utils.overdue import Overdue
 
 log = logging.getLogger(__name__)
+_overdue = Overdue(0.5)  # seconds that the database has for a batch before the spool has it, too
 _SHORT = 1.0  # seconds; an error that took longer to come was one of waiting, and would take as long again
 _LONGEST_PAUSE = 30.0  # seconds between two tries of a database that is away
 
@@ -27,9 +31,11 @@ _LONGEST_PAUSE = 30.0  # seconds between two tries of a database that is away
 class MetricLog:
     """Writes the batches of one experiment and one process.
 
-    A batch that the database refuses goes to a spool. What is spooled is stored before anything later is, in order. The
-    database knows the number of the last batch of every writer, so that nothing is stored twice: not when a connection
-    broke at the commit, and not when a spool could not be removed.
+    A batch that the database refuses goes to a spool, and so does one that it has not taken after half a second, while
+    it is still tried: a process that is killed then loses no more than one that is killed at any other time. What is
+    spooled is stored before anything later is, in order. The database knows the number of the last batch of every
+    writer, so that nothing is stored twice: not when a connection broke at the commit, and not when a spool could not
+    be removed.
 
     Args:
         database: where to.
@@ -53,6 +59,7 @@ class MetricLog:
     def _start_afresh(self) -> None:
         self._writer = str(uuid.uuid4())
         self._number = 1
+        self._kept = 0  # the number of the last batch in the spool
         self.spooled.clear()
         self._spool = Spool(_folder(self._database) / f"{_prefix(self._database)}{self._experiment_id}.{self._writer}")
         self._next_try = 0.0
@@ -81,11 +88,14 @@ class MetricLog:
         """
         batch = grouped(logged)
         started = time.perf_counter()
+        late = partial(self._put_aside_meanwhile, batch)
         try:
-            self._store(batch, urgent)
+            with _overdue.otherwise(late) if batch and not self._database.in_memory else nullcontext():
+                self._store(batch, urgent)
+            self._spool.clear()
         except DatabaseError as error:
             if batch:
-                self._put_aside(pack(batch), error)
+                self._put_aside(batch, error)
                 self.spooled.append(sum(map(len, batch.values())))
                 self.tally.count(self._experiment_id, spooled=1)
                 if urgent and time.perf_counter() - started < _SHORT:
@@ -100,6 +110,7 @@ class MetricLog:
         """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand."""
         try:
             self._store({}, urgent=True)
+            self._spool.clear()
         except DatabaseError as error:
             log.debug("%r is still away: %s", self._database, error)
 
@@ -120,16 +131,27 @@ class MetricLog:
             self._next_try = time.monotonic() + self._pause
             raise
 
-    def _put_aside(self, record: bytes, error: DatabaseError) -> None:
+    def _put_aside(self, batch: Mapping[str, Columns], error: DatabaseError) -> None:
         if self._database.in_memory:
             raise error  # another process could not store it later
         path = self._spool.path
-        if not self._spool:
+        if not self.spooled:
             log.warning("metrics go to %s until the database takes them: %s", path, error)
         try:
-            self._spool.append(self._number, record)
+            self._keep(batch)
         except OSError as problem:
             raise DatabaseError(f"{error}; {path} cannot take it either ({problem}), it stays in memory") from error
+
+    def _put_aside_meanwhile(self, batch: Mapping[str, Columns]) -> None:
+        try:
+            self._keep(batch)
+        except OSError as error:
+            log.warning("the database takes long, and %s does not take metrics meanwhile: %s", self._spool.path, error)
+
+    def _keep(self, batch: Mapping[str, Columns]) -> None:
+        if self._kept != self._number:
+            self._spool.append(self._number, pack(batch))
+            self._kept = self._number
 
     def close(self) -> None:
         """Let go of the spool; what is in it is stored by the next tracker that opens this database."""
@@ -146,6 +168,7 @@ def replay_left_behind(database: EnhancedDatabaseConnection) -> None:
         try:
             experiment_id, _, writer = path.name.removeprefix(_prefix(database)).partition(".")
             _replay(database, experiment_id, writer, spool)
+            spool.clear()
         except (DatabaseError, ValueError) as error:
             log.warning("%s was left behind and cannot be stored, it stays where it is: %s", path, error)
         finally:
@@ -155,7 +178,6 @@ def replay_left_behind(database: EnhancedDatabaseConnection) -> None:
 def _replay(database: EnhancedDatabaseConnection, experiment_id: str, writer: str, spool: Spool) -> None:
     for number, record in spool.records():
         database.metrics.append(experiment_id, unpack(record), (writer, number))
-    spool.clear()
 
 
 def _left_behind(database: EnhancedDatabaseConnection) -> Iterator[Path]:

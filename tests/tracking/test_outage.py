@@ -8,12 +8,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import DatabaseError
 from tests.servers import KINDS, Proxy, new_database
 
@@ -206,6 +208,62 @@ def test_what_a_killed_process_left_behind_is_stored_by_the_next_tracker(tmp_pat
     assert not left.exists()
     assert values(again) == [float(i) for i in range(100)]
     again.close()
+
+
+WAITS = """
+import sys
+from model_checkpoint import ExperimentTracker
+run = ExperimentTracker.resume(sys.argv[2], sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+run.log_metric("loss", 1.0)
+run.log_arrays("loss", [2.0, 3.0])
+run.close()
+print("closed", flush=True)
+"""
+
+
+def appears(folder: Path) -> Path:
+    """Return the file that another process makes there, as soon as it has a content."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        for file in folder.glob("*"):
+            if file.stat().st_size:
+                return file
+        assert time.monotonic() < deadline, f"nothing came to {folder}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("killed", [True, False])
+def test_metrics_that_wait_for_a_lock_are_in_the_spool_meanwhile(
+    tmp_path: Path, kind: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with new_database(kind, tmp_path) as url:
+        run = ExperimentTracker("run", database_url=url)
+        run.close()
+        folder = Path(f"{run.database.place}-spool") if kind == "sqlite" else tmp_path / "state/model_checkpoint/spool"
+        blocker = EnhancedDatabaseConnection(url)
+        command = [sys.executable, "-c", WAITS, url, run.experiment_id]
+        child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdin is not None
+        assert child.stdout is not None
+        with child:
+            assert child.stdout.readline() == "ready\n"
+            with blocker.transaction() as connection:
+                connection.execute("UPDATE experiments SET points = points WHERE id = :id", {"id": run.experiment_id})
+                child.stdin.write("go\n")
+                child.stdin.flush()
+                spool = appears(folder)
+                if killed:
+                    child.kill()
+            assert child.stdout.readline() == ("" if killed else "closed\n")
+        blocker.close()
+        assert spool.exists() == killed
+        with ExperimentTracker.resume(run.experiment_id, url) as again:
+            assert values(again) == [1.0, 2.0, 3.0]
+        assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40])

@@ -145,7 +145,17 @@ class StateMismatchError(ModelCheckpointError, ValueError):
 
 
 class Preempted(SystemExit):
-    """The process ends because a signal asked for it; it was saved first if the signal was met at a safe point."""
+    """The process ends because a signal asked for it; it was saved first if the signal was met at a safe point.
+
+    Attributes:
+        raised: whether there was one in this process; at the interpreter's exit nothing else tells of it.
+    """
+
+    raised = False
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        Preempted.raised = True
 
 
 class FormatVersionError(ModelCheckpointError, RuntimeError):

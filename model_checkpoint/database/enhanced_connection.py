@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
+from itertools import count
 from typing import Any
 from weakref import WeakMethod
 
@@ -72,7 +73,8 @@ class EnhancedDatabaseConnection:
         if pool_size < 1:
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size}")
         self.database_url = database_url
-        self._closers: list[WeakMethod[Callable[[], object]]] = []
+        self._closers: dict[int, WeakMethod[Callable[[], object]]] = {}  # in the order in which they came
+        self._numbers = count()
         self._start(pool_size, busy_timeout, create)
         try:
             version = self._version()
@@ -148,7 +150,8 @@ class EnhancedDatabaseConnection:
 
     def before_close(self, finish: Callable[[], object]) -> None:
         """Call ``finish``, a method whose object this does not keep alive, before the connections are closed."""
-        self._closers = [*(known for known in self._closers if known() is not None), WeakMethod(finish)]
+        number = next(self._numbers)
+        self._closers[number] = WeakMethod(finish, lambda _: self._closers.pop(number, None))
 
     def close(self) -> None:
         """Close every connection, each when its transaction has ended. Closing twice does nothing.
@@ -158,11 +161,12 @@ class EnhancedDatabaseConnection:
         """
         if self._inside():
             raise DatabaseError(f"database {self.place}: close() inside a transaction; leave it first")
-        for closer in self._closers:
-            finish = closer()
-            if finish is not None:
-                finish()
-        self._shut()
+        with ExitStack() as stack:  # all of it is done, whatever one of them raises
+            stack.callback(self._shut)
+            for closer in reversed(list(self._closers.values())):
+                finish = closer()
+                if finish is not None:
+                    stack.callback(finish)
 
     def __repr__(self) -> str:
         return f"EnhancedDatabaseConnection({self.database_url.partition(':')[0]!r}, {self.place!r})"

@@ -180,12 +180,13 @@ class ExperimentTable:
                 ),
             )
 
-    def conclude(self, experiment_id: str, status: str) -> None:
-        """Store the final status of a run that nobody has given one, durably."""
+    def conclude(self, experiment_ids: Iterable[str], status: str) -> None:
+        """Store the final status of those runs that nobody has given one, durably."""
+        bind = {"status": status, "now": time.time()}
         with self._db.transaction(durable=True) as connection:
-            connection.execute(
+            connection.executemany(
                 "UPDATE experiments SET status = :status, ended_at = :now WHERE id = :id AND status = 'running'",
-                {"id": experiment_id, "status": status, "now": time.time()},
+                [{"id": experiment_id, **bind} for experiment_id in experiment_ids],
             )
 
     def set_status(self, experiment_id: str, status: str) -> None:

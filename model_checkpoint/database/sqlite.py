@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -25,16 +26,23 @@ _WAL_LIMIT = 4 << 20  # bytes of log after which a checkpoint is tried; SQLite's
 # File systems that several machines mount at once.
 _NETWORKS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs"}
 _NETWORKS |= {"fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.juicefs"}
+_OURS = "SELECT 1 FROM sqlite_master WHERE name = 'migrations'"
+_LOGS = ("wal", "journal")
 _WARNED: set[str] = set()  # databases, once in a process
 
 log = logging.getLogger(__name__)
 
 
 class SQLiteConnection(sqlite3.Connection):
-    """A connection with the lock file of its database, where the SQLite library needs one, and the file's identity."""
+    """A connection with the lock file of its database, where the SQLite library needs one, and the file's identity.
+
+    Attributes:
+        frozen: of a file that is read without locks, since nobody writes it, what it was like then.
+    """
 
     guard: FileIO | None = None
     inode: int | None = None
+    frozen: tuple[object, ...] | None = None
 
     def load(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], /) -> None:
         """See ``schema.Executes``."""
@@ -47,7 +55,7 @@ class SQLiteDialect:
     Args:
         path: the file, or ``:memory:``.
         busy_timeout: seconds that a statement waits for another writer.
-        create: whether a file that is not there is made; else one that cannot be written is opened, too.
+        create: whether a file that is not there is made, or made ours; else one that cannot be written is opened, too.
 
     Attributes:
         types: what tables are made of, see ``schema.migrate_once``.
@@ -96,14 +104,13 @@ class SQLiteDialect:
         folder = os.path.dirname(self.path)
         if not self.in_memory and not os.path.isdir(folder):
             raise ConfigurationError(f"cannot open database {self.path}: the folder {folder} does not exist; create it")
-        if not (self._create or os.path.exists(self.path)):
-            raise ConfigurationError(f"there is no database {self.path}; check the path")
-        read_only = not (self._create or os.access(self.path, os.W_OK))
         connection: SQLiteConnection | None = None
         try:
+            mode = self._mode()
+            frozen = self.state() if "immutable" in mode else None
             connection = sqlite3.connect(
-                self._read_only_uri() if read_only else self.path,
-                uri=read_only,
+                self.path if self.in_memory else f"{Path(self.path).as_uri()}?mode={mode}",
+                uri=not self.in_memory,
                 timeout=self._busy_timeout,
                 isolation_level=None,  # we say BEGIN and COMMIT ourselves
                 check_same_thread=False,
@@ -115,8 +122,9 @@ class SQLiteDialect:
             connection.execute("PRAGMA foreign_keys=ON")
             connection.create_function("regexp", 2, _matches, deterministic=True)
             if not self.in_memory:
-                if not read_only:
+                if mode == "rwc" or (mode == "rw" and connection.execute(_OURS).fetchone()):
                     self._open_log(connection)
+                connection.frozen = frozen
                 connection.inode = os.stat(self.path).st_ino
         except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             if connection is not None:
@@ -128,10 +136,34 @@ class SQLiteDialect:
             ) from error
         return connection
 
-    def _read_only_uri(self) -> str:
-        # Readers of a write-ahead log write its index. Where they cannot, and no log is there, nobody writes the file.
-        frozen = not (os.access(os.path.dirname(self.path), os.W_OK) or os.path.exists(f"{self.path}-wal"))
-        return f"{Path(self.path).as_uri()}?mode=ro{'&immutable=1' * frozen}"
+    def _mode(self) -> str:
+        """Return how to open the file.
+
+        Who reads a database with a write-ahead log makes its log and index, if they are not there. A reader who may
+        write the folder, but not the file, would leave some that its owner cannot write. Without a log, the file is
+        only changed by somebody who makes one.
+
+        Raises:
+            OSError: it cannot be read as it is.
+        """
+        if self._create:
+            return "rwc"
+        if os.access(self.path, os.W_OK) and os.access(os.path.dirname(self.path), os.W_OK):
+            return "rw"
+        with open(self.path, "rb") as file:
+            uses_log = file.read(20)[18:] == b"\2\2"  # the file format's read and write version
+        log, index = f"{self.path}-wal", f"{self.path}-shm"
+        if not uses_log or (os.path.exists(log) and os.path.exists(index)):
+            return "ro"
+        if os.path.exists(log) and os.path.getsize(log):
+            raise OSError(errno.EROFS, "part of it is in its -wal file; copy both to where they can be written", log)
+        return "ro&immutable=1"
+
+    def state(self) -> tuple[object, ...]:
+        """Return what changes when somebody writes the file."""
+        found = os.stat(self.path)
+        logs = [os.path.exists(f"{self.path}-{kind}") and os.path.getsize(f"{self.path}-{kind}") for kind in _LOGS]
+        return found.st_ino, found.st_size, found.st_mtime_ns, *logs
 
     def _open_log(self, connection: SQLiteConnection) -> None:
         kind = file_system(self.path)

@@ -53,6 +53,8 @@ class SQLitePool(EnhancedDatabaseConnection):
                 "'sqlite:////absolute/file.db' or 'sqlite:///:memory:'"
             )
         self._dialect = SQLiteDialect(rest[1:], busy_timeout, create)
+        if not (create or os.path.exists(self._dialect.path)):
+            raise ConfigurationError(f"there is no database {self._dialect.path}; check the path")
         self.text_tests = self._dialect.text_tests
         self.place, self.in_memory = self._dialect.path, self._dialect.in_memory
         self._size = 1 if self._dialect.in_memory else pool_size
@@ -209,7 +211,11 @@ class SQLitePool(EnhancedDatabaseConnection):
         with slot.lock:
             slot.busy = True
             try:
-                rows: list[tuple[Any, ...]] = self._open(slot).execute(sql, parameters or {}).fetchall()
+                connection = self._open(slot)
+                if connection.frozen is None:
+                    rows: list[tuple[Any, ...]] = connection.execute(sql, parameters or {}).fetchall()
+                else:
+                    rows = self._read_frozen(slot, sql, parameters or {})
                 if not binary and bytes in set(map(type, chain.from_iterable(rows))):  # we store none
                     raise DatabaseError(f"database {self._dialect.path} holds bytes where text was; {_DAMAGED}")
                 return rows
@@ -217,6 +223,21 @@ class SQLitePool(EnhancedDatabaseConnection):
                 raise self._failed(error) from error
             finally:
                 slot.busy = False
+
+    def _read_frozen(self, slot: _Slot, sql: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """Return the rows that are there at one moment, of a file that is read without locks."""
+        while True:
+            connection = self._open(slot)
+            error = None
+            try:
+                rows: list[tuple[Any, ...]] = connection.execute(sql, parameters).fetchall()
+            except self._dialect.driver_errors as problem:
+                error = problem
+            if connection.frozen in (None, self._dialect.state()):
+                if error is not None:
+                    raise error
+                return rows
+            self._close_slot(slot)  # somebody wrote it meanwhile
 
     def _open(self, slot: _Slot) -> SQLiteConnection:
         if slot.connection is None:

@@ -136,6 +136,8 @@ class BatchedWriter(Generic[Row]):
                 try:
                     if ticket.then is not None:
                         ticket.then()
+                except Exception as error:  # noqa: BLE001 - whoever waits is told
+                    ticket.error = ticket.error or error
                 finally:
                     ticket.done.release()
 

@@ -104,9 +104,9 @@ class Compiled:
         return f"{_TABLES[self.kind]}{self._left_joins(0)} WHERE {self.where}{self._order(0)}"
 
     def sources(self, rows: int) -> list[str]:
-        """Return what to put behind FROM, one after the other, until ``rows`` rows were found: all the last one has.
+        """Return what to put behind FROM, one after the other, until ``rows`` rows were found.
 
-        When probing, the last one does not have all either, and there may be none.
+        The last one has every row, but for probing, where there may be none.
         """
         if self.probing:
             return self._ranked() if rows <= PROBED else []

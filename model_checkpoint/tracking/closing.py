@@ -8,11 +8,10 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.errors import DatabaseError, Preempted
+from model_checkpoint.errors import DatabaseError, ModelCheckpointError, Preempted
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.metric_log import MetricLog
 from model_checkpoint.tracking.recording import Recording
@@ -24,6 +23,7 @@ _exiting = threading.Event()
 # registered with the first of them in a process; one that is registered behind it runs before it.
 weakref.finalize(_exiting, bool).atexit = False
 atexit.register(_exiting.set)
+_collected: dict[str, tuple[str, int]] = {}  # experiment -> the URL of its database, and the process
 
 
 def status_after(error: BaseException | None) -> str:
@@ -34,12 +34,35 @@ def status_after(error: BaseException | None) -> str:
 
 
 def _status_at_exit() -> str | None:
-    """Return the status of runs that nobody has closed; None in a child, which may have them from its parent."""
+    """Return the status of runs that nobody has closed; None where another process speaks for them."""
     processes = sys.modules.get("multiprocessing.process")
-    if processes is not None and processes.parent_process() is not None:
+    if (processes is not None and processes.parent_process() is not None) or os.environ.get("RANK", "0") != "0":
         return None
-    # In a session that somebody types into, the last error did not end anything.
-    return status_after(None if hasattr(sys, "ps1") else getattr(sys, "last_value", None))
+    if Preempted.raised:
+        return "interrupted"
+    error, trace = getattr(sys, "last_value", None), getattr(sys, "last_traceback", None)
+    # What was raised below a prompt or a window's event loop ended nothing: only the program's own first line counts.
+    ended = trace is not None and trace.tb_frame.f_globals.get("__name__") in ("__main__", "runpy")
+    return status_after(error if ended and not hasattr(sys, "ps1") else None)
+
+
+@atexit.register
+def _conclude_collected() -> None:
+    """Give runs whose trackers the garbage collector has ended a status; how they ended, nobody knows any more."""
+    status = _status_at_exit()
+    places: dict[str, list[str]] = {}
+    for experiment_id, (place, process) in _collected.items():
+        if process == os.getpid():
+            places.setdefault(place, []).append(experiment_id)
+    for place, experiment_ids in places.items() if status else ():
+        try:
+            database = EnhancedDatabaseConnection(place, create=False)
+            try:
+                database.experiments.conclude(experiment_ids, "interrupted" if Preempted.raised else "completed")
+            finally:
+                database.close()
+        except ModelCheckpointError as error:  # it was there for a while only
+            log.debug("the status of %d runs could not be noted: %s", len(experiment_ids), error)
 
 
 class Held:
@@ -47,8 +70,12 @@ class Held:
 
     Args:
         recording, writer, metrics: its own.
-        database: the connection, if it is its own, too.
-        conclude: gives the run a final status, unless it has one.
+        database: the connection.
+        owned: whether that is its own, too.
+        experiment_id: its run.
+
+    Attributes:
+        status: how the run ended; None while it goes on.
     """
 
     def __init__(
@@ -56,16 +83,18 @@ class Held:
         recording: Recording,
         writer: BatchedWriter[Any],
         metrics: MetricLog,
-        database: EnhancedDatabaseConnection | None,
-        conclude: Callable[[str], object],
+        database: EnhancedDatabaseConnection,
+        owned: bool,
+        experiment_id: str,
     ) -> None:
         self._recording = recording
         self._writer = writer
         self._metrics = metrics
         self._database = database
-        self._conclude = conclude
+        self._owned = owned
+        self._experiment_id = experiment_id
         self._process = os.getpid()
-        self._status: str | None = None
+        self.status: str | None = None
 
     def let_go(self, timeout: float = -1.0) -> None:
         """Write what is buffered and close everything; waits ``timeout`` seconds for that, or for ever.
@@ -81,18 +110,28 @@ class Held:
     def let_go_of_abandoned(self) -> None:
         """Do that for the garbage collector, which runs in any thread and may hold a lock that the writer waits for."""
         if not _exiting.is_set():
+            if not self._database.in_memory:
+                _collected[self._experiment_id] = self._database.database_url, os.getpid()
             self.let_go(_LONGEST_WAIT)
             return
-        if self._process == os.getpid():
-            self._status = _status_at_exit()
-        self.let_go()
+        status = _status_at_exit()
+        try:
+            self._writer.flush()
+            if status is not None and self._process == os.getpid():
+                self.conclude(status)
+        finally:
+            self.let_go()
+
+    def conclude(self, status: str) -> None:
+        """Give the run a final status, unless it has one."""
+        if self.status is None:
+            self.status = status
+            try:
+                self._database.experiments.conclude([self._experiment_id], status)
+            except DatabaseError as error:
+                log.warning("a run ended as %s, which the database could not note: %s", status, error)
 
     def _close(self) -> None:
         self._metrics.close()
-        if self._status is not None:
-            try:
-                self._conclude(self._status)
-            except DatabaseError as error:
-                log.warning("a run ended as %s, which the database could not note: %s", self._status, error)
-        if self._database is not None:
+        if self._owned:
             self._database.close()

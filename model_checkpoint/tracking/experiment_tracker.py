@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn
 
 from model_checkpoint.database import EnhancedDatabaseConnection
@@ -150,7 +149,7 @@ class ExperimentTracker(ExperimentReader):
         experiment = described(name, self.project_name, tags, config, metadata)
         made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
         made._lender = self
-        self.database.before_close(made.flush)
+        self.database.before_close(made._end_with_lender)
         return made
 
     @classmethod
@@ -226,8 +225,7 @@ class ExperimentTracker(ExperimentReader):
         self.spooled = metrics.spooled
         self._recording = Recording(database, experiment.id)
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        conclude = partial(database.experiments.conclude, experiment.id)
-        self._held = Held(self._recording, self._writer, metrics, database if owned else None, conclude)
+        self._held = Held(self._recording, self._writer, metrics, database, owned, experiment.id)
         self._finish = weakref.finalize(self, self._held.let_go_of_abandoned)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
@@ -369,9 +367,15 @@ class ExperimentTracker(ExperimentReader):
             return
         self.flush()
         self.set_status(status)
-        self._let_go()
+        self._let_go(status)
 
-    def _let_go(self) -> None:
+    def _end_with_lender(self) -> None:
+        if not self._ended and self._lender is not None:
+            self.flush()
+            self._held.conclude(self._lender._held.status or "completed")
+
+    def _let_go(self, status: str | None = None) -> None:
+        self._held.status = status
         self._ended = True
         self._finish.detach()
         self._held.let_go()
@@ -391,7 +395,7 @@ class ExperimentTracker(ExperimentReader):
             self.set_status(status)
         except DatabaseError as problem:  # what was trained and logged is there; the training's end is not its failure
             log.warning("%r ended as %s, which the database could not note: %s", self, status, problem)
-        self._let_go()
+        self._let_go(status)
 
     def __repr__(self) -> str:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"

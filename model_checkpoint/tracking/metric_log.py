@@ -92,7 +92,7 @@ class MetricLog:
         try:
             with _overdue.otherwise(late) if batch and not self._database.in_memory else nullcontext():
                 self._store(batch, urgent)
-            self._spool.clear()
+            _remove(self._spool)
         except DatabaseError as error:
             if batch:
                 self._put_aside(batch, error)
@@ -110,7 +110,7 @@ class MetricLog:
         """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand."""
         try:
             self._store({}, urgent=True)
-            self._spool.clear()
+            _remove(self._spool)
         except DatabaseError as error:
             log.debug("%r is still away: %s", self._database, error)
 
@@ -168,7 +168,7 @@ def replay_left_behind(database: EnhancedDatabaseConnection) -> None:
         try:
             experiment_id, _, writer = path.name.removeprefix(_prefix(database)).partition(".")
             _replay(database, experiment_id, writer, spool)
-            spool.clear()
+            _remove(spool)
         except (DatabaseError, ValueError) as error:
             log.warning("%s was left behind and cannot be stored, it stays where it is: %s", path, error)
         finally:
@@ -178,6 +178,13 @@ def replay_left_behind(database: EnhancedDatabaseConnection) -> None:
 def _replay(database: EnhancedDatabaseConnection, experiment_id: str, writer: str, spool: Spool) -> None:
     for number, record in spool.records():
         database.metrics.append(experiment_id, unpack(record), (writer, number))
+
+
+def _remove(spool: Spool) -> None:
+    try:
+        spool.clear()
+    except OSError as error:  # what is stored is not stored again
+        log.warning("the database has the metrics of %s, which cannot be removed: %s", spool.path, error)
 
 
 def _left_behind(database: EnhancedDatabaseConnection) -> Iterator[Path]:

@@ -183,7 +183,7 @@ class Queries:
             if type(count) is not int or not 0 <= count <= most:
                 raise ConfigurationError(f"{name} must be a count of at most {most:,}, not {count!r}")
         now = time.time()
-        for probing in (True, False):
+        for probing in (True, False) if filter else (False,):
             made = compile_filter(filter, kind, self.database.text_tests, now, probing)
             compile_order(order_by, made, now)
             column, only = _WANTED[kind]

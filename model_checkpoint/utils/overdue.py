@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 from model_checkpoint.utils.fork import renew_in_child
+
+log = logging.getLogger(__name__)
 
 
 class _Block:
@@ -42,7 +45,7 @@ class Overdue:
         """Run a block; ``late`` is called once if it takes too long, and has ended before this returns.
 
         Args:
-            late: called in another thread; it raises nothing.
+            late: called in another thread. What it raises is logged.
         """
         block = _Block(late, time.monotonic() + self._seconds)
         if self._is_watching():
@@ -70,5 +73,8 @@ class Overdue:
             block = self._blocks.get()
             block.ended.acquire(timeout=max(0.0, block.deadline - time.monotonic()))
             with block.deciding:
-                if block.late is not None:
-                    block.late()
+                try:
+                    if block.late is not None:
+                        block.late()
+                except Exception:
+                    log.exception("what takes long could not be gone another way")

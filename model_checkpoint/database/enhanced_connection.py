@@ -136,7 +136,7 @@ class EnhancedDatabaseConnection:
         """Return the number of the last migration, 0 where there was none, without a write lock."""
         raise NotImplementedError
 
-    def _inside(self) -> bool:
+    def inside_transaction(self) -> bool:
         """Whether this thread is within a transaction."""
         raise NotImplementedError
 
@@ -159,7 +159,7 @@ class EnhancedDatabaseConnection:
         Raises:
             DatabaseError: this thread is inside a transaction.
         """
-        if self._inside():
+        if self.inside_transaction():
             raise DatabaseError(f"database {self.place}: close() inside a transaction; leave it first")
         with ExitStack() as stack:  # all of it is done, whatever one of them raises
             stack.callback(self._shut)

@@ -180,12 +180,13 @@ class ExperimentTable:
                 ),
             )
 
-    def conclude(self, experiment_ids: Iterable[str], status: str) -> None:
-        """Store the final status of those runs that nobody has given one, durably."""
-        bind = {"status": status, "now": time.time()}
+    def conclude(self, experiment_ids: Iterable[str], status: str, over: str = "running") -> None:
+        """Store the final status of those runs that nobody has given one, or only the one of ``over``, durably."""
+        bind = {"status": status, "over": over, "now": time.time()}
         with self._db.transaction(durable=True) as connection:
             connection.executemany(
-                "UPDATE experiments SET status = :status, ended_at = :now WHERE id = :id AND status = 'running'",
+                "UPDATE experiments SET status = :status, ended_at = :now "
+                "WHERE id = :id AND status IN ('running', :over)",
                 [{"id": experiment_id, **bind} for experiment_id in experiment_ids],
             )
 

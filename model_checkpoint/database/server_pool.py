@@ -130,13 +130,13 @@ class ServerPool(EnhancedDatabaseConnection):
         self._reader.dispose(close=False)
         self._mine = threading.local()
 
-    def _inside(self) -> bool:
+    def inside_transaction(self) -> bool:
         return getattr(self._mine, "connection", None) is not None
 
     @contextmanager
     def transaction(self, durable: bool = False, alone: bool = True) -> Iterator[Executes]:
         """See ``EnhancedDatabaseConnection``; ``durable`` is the server's own setting."""
-        if self._inside():
+        if self.inside_transaction():
             if alone and not self._mine.alone:
                 raise DatabaseError("a transaction that is alone inside one that is not: make the outer one so")
             self._mine.unfinished += 1
@@ -161,7 +161,7 @@ class ServerPool(EnhancedDatabaseConnection):
     ) -> list[tuple[Any, ...]]:
         """See ``EnhancedDatabaseConnection``."""
         with self._errors():
-            if self._inside():
+            if self.inside_transaction():
                 return [tuple(row) for row in self._mine.connection.execute(sql, parameters or {})]
             with self._reader.connect() as raw:
                 return [tuple(row) for row in _Connection(raw, self._dialect).execute(sql, parameters or {})]

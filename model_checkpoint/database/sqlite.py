@@ -26,7 +26,7 @@ _WAL_LIMIT = 4 << 20  # bytes of log after which a checkpoint is tried; SQLite's
 # File systems that several machines mount at once.
 _NETWORKS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs"}
 _NETWORKS |= {"fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.juicefs"}
-_OURS = "SELECT 1 FROM sqlite_master WHERE name = 'migrations'"
+OURS = "SELECT 1 WHERE (SELECT COUNT(*) FROM sqlite_master WHERE name IN ('migrations', 'experiments')) = 2"
 _LOGS = ("wal", "journal")
 _WARNED: set[str] = set()  # databases, once in a process
 
@@ -122,7 +122,7 @@ class SQLiteDialect:
             connection.execute("PRAGMA foreign_keys=ON")
             connection.create_function("regexp", 2, _matches, deterministic=True)
             if not self.in_memory:
-                if mode == "rwc" or (mode == "rw" and connection.execute(_OURS).fetchone()):
+                if mode == "rwc" or (mode == "rw" and connection.execute(OURS).fetchone()):
                     self._open_log(connection)
                 connection.frozen = frozen
                 connection.inode = os.stat(self.path).st_ino

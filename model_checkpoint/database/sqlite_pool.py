@@ -18,7 +18,7 @@ from typing import Any
 
 from model_checkpoint.database.enhanced_connection import UNFINISHED, EnhancedDatabaseConnection
 from model_checkpoint.database.schema import latest_version, migrate_once, version_of
-from model_checkpoint.database.sqlite import SQLiteConnection, SQLiteDialect
+from model_checkpoint.database.sqlite import OURS, SQLiteConnection, SQLiteDialect
 from model_checkpoint.errors import ConfigurationError, DatabaseError
 from model_checkpoint.utils.fork import watch
 
@@ -70,7 +70,7 @@ class SQLitePool(EnhancedDatabaseConnection):
         with self._writer.lock:
             connection = self._open(self._writer)
             try:
-                if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'migrations'").fetchone():
+                if not connection.execute(OURS).fetchone():
                     return 0
                 return int(connection.execute("SELECT COALESCE(MAX(number), 0) FROM migrations").fetchone()[0])
             except self._dialect.driver_errors as error:
@@ -106,7 +106,7 @@ class SQLitePool(EnhancedDatabaseConnection):
         SQLite keeps note of a process's file locks in memory. A child that inherited the note, but not the locks, would
         take none of its own, and its commits could go to a log that the parent has deleted.
         """
-        inside = self._inside()  # a fork within a transaction: that connection stays
+        inside = self.inside_transaction()  # a fork within a transaction: that connection stays
         for slot in self._slots():
             # Taken and noted in one call of C, or a Ctrl-C between the two would leave the lock taken for good.
             self._resting.extend(compress([slot], map(_ACQUIRE, [slot.lock])))
@@ -131,7 +131,7 @@ class SQLitePool(EnhancedDatabaseConnection):
     def _slots(self) -> list[_Slot]:
         return list(dict.fromkeys([self._writer, *self._readers]))
 
-    def _inside(self) -> bool:
+    def inside_transaction(self) -> bool:
         """Whether this thread is in a transaction whose ``with`` block is still being executed.
 
         A Ctrl-C can come between the lines of contextlib, and leave a transaction open that nobody will end before its
@@ -147,7 +147,7 @@ class SQLitePool(EnhancedDatabaseConnection):
     @contextmanager
     def transaction(self, durable: bool = False, alone: bool = True) -> Iterator[SQLiteConnection]:
         """See ``EnhancedDatabaseConnection``; every transaction has the database alone."""
-        if self._writer.lock._is_owned() and self._inside():  # type: ignore[attr-defined]
+        if self._writer.lock._is_owned() and self.inside_transaction():  # type: ignore[attr-defined]
             if durable and not self._durable:
                 raise DatabaseError("a durable transaction inside one that is not: make the outer one durable")
             self._unfinished += 1
@@ -206,7 +206,7 @@ class SQLitePool(EnhancedDatabaseConnection):
     ) -> list[tuple[Any, ...]]:
         """See ``EnhancedDatabaseConnection``."""
         slot = self._writer
-        if not self._inside():
+        if not self.inside_transaction():
             slot = next((slot for slot in self._readers if not slot.busy), None) or next(self._turns)
         with slot.lock:
             slot.busy = True

@@ -94,6 +94,7 @@ class Held:
         self._owned = owned
         self._experiment_id = experiment_id
         self._process = os.getpid()
+        self._lender: Held | None = None
         self.status: str | None = None
 
     def let_go(self, timeout: float = -1.0) -> None:
@@ -117,17 +118,27 @@ class Held:
         status = _status_at_exit()
         try:
             self._writer.flush()
-            if status is not None and self._process == os.getpid():
+            if status is not None:
                 self.conclude(status)
         finally:
             self.let_go()
 
+    def end_with(self, lender: Held) -> None:
+        """Store what is buffered, and give the run the status of ``lender``, when that closes the connection."""
+        self._lender = lender
+        self._database.before_close(self._end)
+
+    def _end(self) -> None:
+        self._writer.flush()
+        self.conclude((self._lender and self._lender.status) or "completed")
+
     def conclude(self, status: str) -> None:
-        """Give the run a final status, unless it has one."""
-        if self.status is None:
+        """Give the run a final status, unless this tracker has. A failure overrules that another tracker is done."""
+        if self.status is None and self._process == os.getpid():  # of a tracker that was forked, the parent knows
             self.status = status
+            over = "running" if status == "completed" else "completed"
             try:
-                self._database.experiments.conclude([self._experiment_id], status)
+                self._database.experiments.conclude([self._experiment_id], status, over)
             except DatabaseError as error:
                 log.warning("a run ended as %s, which the database could not note: %s", status, error)
 

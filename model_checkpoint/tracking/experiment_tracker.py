@@ -149,7 +149,7 @@ class ExperimentTracker(ExperimentReader):
         experiment = described(name, self.project_name, tags, config, metadata)
         made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
         made._lender = self
-        self.database.before_close(made._end_with_lender)
+        made._held.end_with(self._held)
         return made
 
     @classmethod
@@ -337,6 +337,7 @@ class ExperimentTracker(ExperimentReader):
         if status not in STATUSES:
             raise ConfigurationError(f"status {status!r} is unknown; use one of {', '.join(STATUSES)}")
         self.database.experiments.set_status(self.experiment_id, status)
+        self._held.status = None if status == "running" else status
 
     def get_performance_statistics(self) -> dict[str, float]:
         """Return what this tracker did, in this process.
@@ -352,8 +353,11 @@ class ExperimentTracker(ExperimentReader):
         """Write every buffered metric: to the database, or while it is away to a local file that it gets later.
 
         Raises:
-            DatabaseError: neither took them; they are kept in memory.
+            DatabaseError: neither took them; they are kept in memory. Or this is inside a transaction of this thread,
+                for whose end the flush would wait.
         """
+        if self.unflushed and self.database.inside_transaction():
+            raise DatabaseError(f"{self!r}: metrics cannot be stored inside a transaction; leave it first")
         self._writer.flush()
 
     def close(self, status: str = "completed") -> None:
@@ -363,19 +367,12 @@ class ExperimentTracker(ExperimentReader):
             ConfigurationError: the status is unknown.
             DatabaseError: the database refused; the metrics are kept and ``close`` can be called again.
         """
-        if self._ended:
-            return
-        self.flush()
-        self.set_status(status)
-        self._let_go(status)
-
-    def _end_with_lender(self) -> None:
-        if not self._ended and self._lender is not None:
+        if not self._ended:
             self.flush()
-            self._held.conclude(self._lender._held.status or "completed")
+            self.set_status(status)
+            self._let_go()
 
-    def _let_go(self, status: str | None = None) -> None:
-        self._held.status = status
+    def _let_go(self) -> None:
         self._ended = True
         self._finish.detach()
         self._held.let_go()
@@ -395,7 +392,7 @@ class ExperimentTracker(ExperimentReader):
             self.set_status(status)
         except DatabaseError as problem:  # what was trained and logged is there; the training's end is not its failure
             log.warning("%r ended as %s, which the database could not note: %s", self, status, problem)
-        self._let_go(status)
+        self._let_go()
 
     def __repr__(self) -> str:
         return f"ExperimentTracker({self.experiment_name!r}, experiment_id={self.experiment_id!r})"

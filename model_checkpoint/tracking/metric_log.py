@@ -6,10 +6,12 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -31,18 +33,19 @@ _LONGEST_PAUSE = 30.0  # seconds between two tries of a database that is away
 class MetricLog:
     """Writes the batches of one experiment and one process.
 
-    A batch that the database refuses goes to a spool, and so does one that it has not taken after half a second, while
-    it is still tried: a process that is killed then loses no more than one that is killed at any other time. What is
-    spooled is stored before anything later is, in order. The database knows the number of the last batch of every
-    writer, so that nothing is stored twice: not when a connection broke at the commit, and not when a spool could not
-    be removed.
+    A batch that the database refuses goes to a spool. So does one that it has not taken after half a second, while it
+    is still tried, and with it what was logged since: a process that is killed then loses no more than one that is
+    killed at any other time. What is spooled is stored before anything later is, in order. The database knows the
+    number of the last batch of every writer, so that nothing is stored twice: not when a connection broke at the
+    commit, and not when a spool could not be removed.
 
     Args:
         database: where to.
         experiment_id: whose metrics these are.
 
     Attributes:
-        pending: what waits to be written, for the statistics; whoever collects it sets it.
+        pending: what waits to be written; whoever collects it sets it. What is spooled from behind a batch that waits
+            is taken out of it.
         spooled: points of each batch in the spool; always the same list.
         tally: what was stored, and how long it took.
     """
@@ -50,7 +53,7 @@ class MetricLog:
     def __init__(self, database: EnhancedDatabaseConnection, experiment_id: str) -> None:
         self._database = database
         self._experiment_id = experiment_id
-        self.pending: Sequence[Logged] = ()
+        self.pending: list[Logged] = []
         self.spooled: list[int] = []
         self.tally = Tally(self, {"buffered_points": lambda log: sum(map(_points, tuple(log.pending)))})
         self._start_afresh()
@@ -58,9 +61,12 @@ class MetricLog:
 
     def _start_afresh(self) -> None:
         self._writer = str(uuid.uuid4())
-        self._number = 1
-        self._kept = 0  # the number of the last batch in the spool
+        self._number = 1  # of the batch that is written, or will be next
+        self._keeping = threading.Lock()  # around what the next three and the spool say together
+        self._kept = 0  # the number of the last batch that went to the spool
+        self._aside: list[int] = []  # the numbers of ``spooled``
         self.spooled.clear()
+        self._away = False
         self._spool = Spool(_folder(self._database) / f"{_prefix(self._database)}{self._experiment_id}.{self._writer}")
         self._next_try = 0.0
         self._pause = 1.0
@@ -80,7 +86,7 @@ class MetricLog:
         """Store a batch, in the database or the spool.
 
         Args:
-            logged: what was logged, in order. After an error, the same once more.
+            logged: what was logged, in order: the first part of ``pending``. After an error, the same once more.
             urgent: whether the database is tried although it was away a moment ago.
 
         Raises:
@@ -88,29 +94,29 @@ class MetricLog:
         """
         batch = grouped(logged)
         started = time.perf_counter()
-        late = partial(self._put_aside_meanwhile, batch)
         try:
-            with _overdue.otherwise(late) if batch and not self._database.in_memory else nullcontext():
+            with self._watched(batch, len(logged)):
                 self._store(batch, urgent)
-            _remove(self._spool)
         except DatabaseError as error:
             if batch:
                 self._put_aside(batch, error)
-                self.spooled.append(sum(map(len, batch.values())))
-                self.tally.count(self._experiment_id, spooled=1)
                 if urgent and time.perf_counter() - started < _SHORT:
                     self._try_again()
         else:
             if batch:
                 points, took = sum(map(len, batch.values())), time.perf_counter() - started
                 self.tally.count(self._experiment_id, flushes=1, points=points, flush_seconds=took)
-        self._number += 1
+            self._forget(self._number)
+            if self._spool:  # what came while this batch waited
+                self._try_again()
+        self._number = max(self._number, self._kept) + 1
 
     def _try_again(self) -> None:
         """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand."""
+        self._number = self._kept + 1
         try:
-            self._store({}, urgent=True)
-            _remove(self._spool)
+            with self._watched({}, 0):
+                self._store({}, urgent=True)
         except DatabaseError as error:
             log.debug("%r is still away: %s", self._database, error)
 
@@ -119,10 +125,8 @@ class MetricLog:
             raise DatabaseError(f"{self._database!r} was away a moment ago")
         try:
             if self._spool:
-                _replay(self._database, self._experiment_id, self._writer, self._spool)
-                self.tally.count(self._experiment_id, points=sum(self.spooled))
-                self.spooled.clear()
-                log.warning("the database has the metrics of %s again, everything is stored", self._spool.path)
+                stored = _replay(self._database, self._experiment_id, self._writer, self._spool)
+                self.tally.count(self._experiment_id, points=self._forget(stored))
             if batch:
                 self._database.metrics.append(self._experiment_id, batch, (self._writer, self._number))
             self._pause = 1.0
@@ -131,25 +135,60 @@ class MetricLog:
             self._next_try = time.monotonic() + self._pause
             raise
 
+    def _forget(self, stored: int) -> int:
+        """Note that the database has every batch up to this number; returns how many points of them were spooled."""
+        with self._keeping:
+            count = bisect_right(self._aside, stored)
+            points = sum(self.spooled[:count])
+            del self._aside[:count], self.spooled[:count]
+            if self._spool and self._kept <= stored:
+                _remove(self._spool)
+                if self._away:
+                    log.warning("the database has the metrics of %s again, everything is stored", self._spool.path)
+                self._away = False
+        return points
+
+    def _watched(self, batch: Mapping[str, Columns], count: int) -> AbstractContextManager[None]:
+        if self._database.in_memory or not (batch or self._spool):
+            return nullcontext()
+        return _overdue.otherwise(partial(self._put_aside_meanwhile, batch, count))
+
     def _put_aside(self, batch: Mapping[str, Columns], error: DatabaseError) -> None:
         if self._database.in_memory:
             raise error  # another process could not store it later
         path = self._spool.path
-        if not self.spooled:
+        if not self._away:
             log.warning("metrics go to %s until the database takes them: %s", path, error)
         try:
-            self._keep(batch)
+            with self._keeping:
+                self._keep(batch)
+                place = bisect_right(self._aside, self._number)
+                self._aside.insert(place, self._number)
+                self.spooled.insert(place, sum(map(len, batch.values())))
         except OSError as problem:
             raise DatabaseError(f"{error}; {path} cannot take it either ({problem}), it stays in memory") from error
+        self._away = True
+        self.tally.count(self._experiment_id, spooled=1)
 
-    def _put_aside_meanwhile(self, batch: Mapping[str, Columns]) -> None:
+    def _put_aside_meanwhile(self, batch: Mapping[str, Columns], count: int) -> None:
+        """Put a batch aside that waits, and what was logged since: all of ``pending`` but its first ``count``."""
         try:
-            self._keep(batch)
+            with self._keeping:
+                if batch:
+                    self._keep(batch)
+                rows = self.pending[count:]
+                if rows:
+                    later = grouped(rows)
+                    self._spool.append(self._kept + 1, pack(later))
+                    self._kept += 1
+                    self._aside.append(self._kept)
+                    self.spooled.append(sum(map(len, later.values())))
+                    del self.pending[count : count + len(rows)]
         except OSError as error:
             log.warning("the database takes long, and %s does not take metrics meanwhile: %s", self._spool.path, error)
 
     def _keep(self, batch: Mapping[str, Columns]) -> None:
-        if self._kept != self._number:
+        if self._kept < self._number:
             self._spool.append(self._number, pack(batch))
             self._kept = self._number
 
@@ -170,14 +209,17 @@ def replay_left_behind(database: EnhancedDatabaseConnection) -> None:
             _replay(database, experiment_id, writer, spool)
             _remove(spool)
         except (DatabaseError, ValueError) as error:
-            log.warning("%s was left behind and cannot be stored, it stays where it is: %s", path, error)
+            log.warning("%s was left behind and cannot be stored, it stays until somebody removes it: %s", path, error)
         finally:
             spool.close()
 
 
-def _replay(database: EnhancedDatabaseConnection, experiment_id: str, writer: str, spool: Spool) -> None:
+def _replay(database: EnhancedDatabaseConnection, experiment_id: str, writer: str, spool: Spool) -> int:
+    """Store what is in a spool; returns the number of its last batch."""
+    number = 0
     for number, record in spool.records():
         database.metrics.append(experiment_id, unpack(record), (writer, number))
+    return number
 
 
 def _remove(spool: Spool) -> None:

@@ -160,7 +160,10 @@ class Queries:
 
         Raises:
             ExperimentNotFoundError: one of them is not there.
+            ConfigurationError: this is one text.
         """
+        if isinstance(experiment_ids, str):
+            raise ConfigurationError(f"compare() takes several ids, not the one text {experiment_ids!r}")
         configs: dict[str, dict[str, Any]] = {}
         metrics: dict[str, dict[str, Any]] = {}
         for experiment_id in experiment_ids:
@@ -179,6 +182,8 @@ class Queries:
 
     def _page(self, kind: str, filter: str | None, order_by: str | None, limit: int, offset: int) -> list[str]:
         """Return the ids of a page of what a filter lets through."""
+        if not isinstance(order_by, str | None):
+            raise ConfigurationError(f"order_by must be one text such as 'name, created_at desc', not {order_by!r}")
         for name, count, most in (("limit", limit, 30_000), ("offset", offset, 2**62)):
             if type(count) is not int or not 0 <= count <= most:
                 raise ConfigurationError(f"{name} must be a count of at most {most:,}, not {count!r}")

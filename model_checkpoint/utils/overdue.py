@@ -1,4 +1,4 @@
-"""A second way for what takes too long, gone by one thread of the process while the first one is still tried."""
+"""A second way for what takes long, gone by one thread of the process while the first one is still tried."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class _Block:
 
 
 class Overdue:
-    """Calls a function for each block that takes longer than ``seconds``; blocks are watched in a thread that stays.
+    """Calls a function for each block that takes long, again and again until it ends, in a thread that stays.
 
     Args:
-        seconds: how long a block may take. It is the same for all, so that they come due in the order of their begin.
+        seconds: how long a block may take, and how long it is between two calls. It is the same for all, so that they
+            come due in turn.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -42,7 +43,7 @@ class Overdue:
 
     @contextmanager
     def otherwise(self, late: Callable[[], object]) -> Iterator[None]:
-        """Run a block; ``late`` is called once if it takes too long, and has ended before this returns.
+        """Run a block; ``late`` is called every so often while it runs, and not any more when this returns.
 
         Args:
             late: called in another thread. What it raises is logged.
@@ -73,8 +74,11 @@ class Overdue:
             block = self._blocks.get()
             block.ended.acquire(timeout=max(0.0, block.deadline - time.monotonic()))
             with block.deciding:
+                if block.late is None:
+                    continue
                 try:
-                    if block.late is not None:
-                        block.late()
+                    block.late()
                 except Exception:
                     log.exception("what takes long could not be gone another way")
+            block.deadline = time.monotonic() + self._seconds
+            self._blocks.put(block)

@@ -193,11 +193,14 @@ def test_reading_and_resuming_make_no_database_where_the_path_names_none(tmp_pat
 def test_the_database_of_another_program_is_not_taken_for_one_of_experiments(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     with contextlib.closing(sqlite3.connect(path)) as other:
-        other.execute("CREATE TABLE runs (id TEXT)")
+        other.execute("CREATE TABLE migrations (number INTEGER)")
+        other.execute("INSERT INTO migrations VALUES (3)")
+        other.commit()
+    content = path.read_bytes()
     with pytest.raises(ConfigurationError, match=r"mlflow.db has no experiments in it; check the path"):
         Queries(f"sqlite:///{path}")
-    with contextlib.closing(sqlite3.connect(path)) as other:
-        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("runs",)]
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 @contextlib.contextmanager
@@ -232,6 +235,54 @@ def test_a_database_that_may_not_be_written_can_be_asked(tmp_path: Path) -> None
         with pytest.raises(DatabaseError, match="can be written"):
             ExperimentTracker("new", database_url=url)
         assert sorted(path.name for path in folder.iterdir()) == ["runs of 2025?.db", "runs of 2025?.db-lock"]
+
+
+def test_a_frozen_database_whose_log_cannot_be_read_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    run = ExperimentTracker("old", database_url=f"sqlite:///{tmp_path}/runs.db")
+    for name in ("runs.db", "runs.db-wal"):  # as it is copied while somebody writes
+        shutil.copy(tmp_path / name, folder / name)
+    run.close()
+    with read_only(folder), pytest.raises(DatabaseError, match=r"part of it is in its -wal file; copy both"):
+        Queries(f"sqlite:///{folder}/runs.db")
+
+
+READS = """
+import os, sys
+from model_checkpoint import Queries
+from model_checkpoint.database.models import ExperimentRecord
+import encodings.idna, model_checkpoint.database.sqlite_pool, model_checkpoint.query.groups
+if not os.geteuid():
+    os.setgid(65534)
+    os.setuid(65534)
+with Queries(sys.argv[1]) as queries:
+    for _ in sys.stdin:
+        print(len(queries.search_experiments()), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="two users are needed, so root")
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_who_reads_the_database_of_another_user_sees_what_is_there_and_leaves_nothing(path: Path, mode: int) -> None:
+    url = f"sqlite:///{path}"
+    ExperimentTracker("first", database_url=url).close()
+    for folder in path.parents:
+        if not folder.stat().st_mode & 0o001:
+            pytest.skip(f"{folder} is closed to other users")
+    path.parent.chmod(mode)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READS, url], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    with reader:
+        for expected in (1, 2, 3):
+            reader.stdin.write("look\n")
+            reader.stdin.flush()
+            assert reader.stdout.readline() == f"{expected}\n"
+            ExperimentTracker("next", database_url=url).close()
+    assert {file.stat().st_uid for file in path.parent.iterdir()} == {0}
 
 
 def test_a_database_of_an_older_version_that_may_not_be_written_is_refused_by_name(tmp_path: Path) -> None:

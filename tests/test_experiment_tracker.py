@@ -925,8 +925,13 @@ def test_a_block_that_ends_in_an_exit_ends_as_the_exit_says(code: object, status
 
 
 LEFT_OPEN = """
-import multiprocessing, os, sys
+import code, multiprocessing, os, sys
 from model_checkpoint import ExperimentTracker
+from model_checkpoint.errors import Preempted
+
+def local():
+    run = ExperimentTracker("left", database_url=sys.argv[1])
+    run.child("child").log_metric("loss", 1.0)
 
 def work(run_id):
     global run
@@ -936,6 +941,8 @@ def work(run_id):
     sys.exit(0)
 
 if __name__ == "__main__":
+    if sys.argv[2] == "collected":
+        sys.exit(local())
     run = ExperimentTracker("left", database_url=sys.argv[1])
     child = run.child("child")
     if sys.argv[2] == "spawned":
@@ -952,8 +959,14 @@ if __name__ == "__main__":
         os._exit(0)
     if sys.argv[2] == "told":
         run.set_status("interrupted")
-    elif sys.argv[2] != "ends":
-        raise {"raises": RuntimeError, "stopped": KeyboardInterrupt}[sys.argv[2]]("no")
+    elif sys.argv[2] == "typed below a prompt":
+        code.InteractiveConsole().runsource("1 / 0")
+    elif sys.argv[2] == "preempted":
+        raise Preempted(143)
+    elif sys.argv[2] not in ("ends", "second rank"):
+        if sys.argv[2] == "worker ended":
+            ExperimentTracker.resume(run.experiment_id, sys.argv[1]).close()
+        raise {"stopped": KeyboardInterrupt}.get(sys.argv[2], RuntimeError)("no")
 """
 
 
@@ -964,6 +977,11 @@ if __name__ == "__main__":
         ("raises", "failed", "failed"),
         ("stopped", "interrupted", "interrupted"),
         ("told", "interrupted", "completed"),
+        ("collected", "completed", "completed"),
+        ("typed below a prompt", "completed", "completed"),
+        ("preempted", "interrupted", "interrupted"),
+        ("worker ended", "failed", "failed"),
+        ("second rank", "running", "running"),
         ("spawned", "running", "running"),
         ("forked", "running", "running"),
     ],
@@ -971,12 +989,21 @@ if __name__ == "__main__":
 def test_a_run_that_nobody_closed_ends_with_its_process(tmp_path: Path, how: str, status: str, of_child: str) -> None:
     url = f"sqlite:///{tmp_path}/runs.db"
     (tmp_path / "train.py").write_text(LEFT_OPEN)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "1" if how == "second rank" else "0"}
     subprocess.run([sys.executable, tmp_path / "train.py", url, how], env=environment, timeout=DEADLINE, check=False)
     with Queries(url) as queries:
         found = {record.name: record for record in queries.search_experiments()}
     assert (found["left"].status, found["child"].status) == (status, of_child)
     assert (found["left"].ended_at is None) == (status == "running")
+
+
+def test_what_would_wait_for_the_transaction_that_it_is_in_is_refused(run: ExperimentTracker) -> None:
+    run.log_metric("loss", 1.0)
+    with run.database.transaction(durable=True):
+        run.log_metric("loss", 2.0)
+        with pytest.raises(DatabaseError, match="inside a transaction; leave it"):
+            run.flush()
+    assert [point["metric_value"] for point in run.get_metrics("loss")] == [1.0, 2.0]
 
 
 def test_an_error_that_somebody_typed_does_not_end_a_run(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ class Held:
 
     def _end(self) -> None:
         self._writer.flush()
-        self.conclude((self._lender and self._lender.status) or "completed")
+        if self._lender is not None and self._lender.status is not None:
+            self.conclude(self._lender.status)
 
     def conclude(self, status: str) -> None:
         """Give the run a final status, unless this tracker has. A failure overrules that another tracker is done."""

@@ -109,11 +109,11 @@ class MetricLog:
             self._forget(self._number)
             if self._spool:  # what came while this batch waited
                 self._try_again()
-        self._number = max(self._number, self._kept) + 1
+        self._number = self._next()
 
     def _try_again(self) -> None:
         """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand."""
-        self._number = self._kept + 1
+        self._number = self._next()
         try:
             with self._watched({}, 0):
                 self._store({}, urgent=True)
@@ -179,13 +179,18 @@ class MetricLog:
                 rows = self.pending[count:]
                 if rows:
                     later = grouped(rows)
-                    self._spool.append(self._kept + 1, pack(later))
-                    self._kept += 1
+                    number = self._next()
+                    self._spool.append(number, pack(later))
+                    self._kept = number
                     self._aside.append(self._kept)
                     self.spooled.append(sum(map(len, later.values())))
                     del self.pending[count : count + len(rows)]
         except OSError as error:
             log.warning("the database takes long, and %s does not take metrics meanwhile: %s", self._spool.path, error)
+
+    def _next(self) -> int:
+        """Return a number above all that were used: a lower one would be taken for a batch that is stored."""
+        return max(self._number, self._kept) + 1
 
     def _keep(self, batch: Mapping[str, Columns]) -> None:
         if self._kept < self._number:

@@ -189,11 +189,16 @@ def test_pages_of_many_experiments_are_found_by_probing_and_without(tmp_path: Pa
 
 
 @pytest.mark.parametrize("order", ["loss", "metrics.acc desc", "experiment.metrics.val_loss.min, epoch", "config.id"])
-def test_every_page_of_checkpoints_is_a_slice_of_the_whole(queries: Queries, order: str) -> None:
-    whole = [record.id for record in queries.search_checkpoints(order_by=order)]
-    assert len(whole) == 10
+@pytest.mark.parametrize("filter", [None, "loss < 100 and metrics.acc > -10 and experiment.config.id is None"])
+@pytest.mark.parametrize("probed", [4, compiler.PROBED])
+def test_every_page_of_checkpoints_is_a_slice_of_the_whole(
+    queries: Queries, filter: str | None, order: str, probed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "PROBED", probed)
+    whole = [record.id for record in queries.search_checkpoints(filter, order_by=order)]
+    assert len(whole) == (6 if filter else 10)
     for start in range(0, 12, 3):
-        page = queries.search_checkpoints(order_by=order, limit=3, offset=start)
+        page = queries.search_checkpoints(filter, order_by=order, limit=3, offset=start)
         assert [record.id for record in page] == whole[start : start + 3]
 
 
@@ -304,6 +309,13 @@ def test_what_is_no_order_is_refused(empty: Queries, order: str) -> None:
 def test_a_limit_that_is_no_count_is_refused(empty: Queries, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="must be a count"):
         empty.search_experiments(**options)
+
+
+def test_what_is_no_text_or_no_list_is_refused_by_name(empty: Queries) -> None:
+    with pytest.raises(ConfigurationError, match="order_by must be one text"):
+        empty.search_experiments(order_by=["name"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="several ids, not the one text 'abc'"):
+        empty.compare("abc")
 
 
 INJECTIONS = [

@@ -104,9 +104,9 @@ def test_what_children_have_logged_is_stored_when_their_parent_is_closed(url: st
     grandchild = child.child("grandchild")
     for run in (child, grandchild):
         run.log_metric("loss", 1.0)
-    parent.close()
+    parent.close("failed")
     with Queries(url) as queries:
-        assert len(queries.search_experiments("metrics.loss == 1")) == 2
+        assert len(queries.search_experiments("metrics.loss == 1 and status == 'failed'")) == 2
 
 
 def test_a_fork_notes_the_checkpoint_that_it_goes_on_from(url: str, tmp_path: Path) -> None:

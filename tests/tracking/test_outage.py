@@ -218,17 +218,22 @@ print("ready", flush=True)
 sys.stdin.readline()
 run.log_metric("loss", 1.0)
 run.log_arrays("loss", [2.0, 3.0])
+sys.stdin.readline()
+run.log_metric("loss", 4.0)
+run.log_arrays("loss", [5.0] * 10)
+run.log_metric("loss", 6.0)
+sys.stdin.readline()
 run.close()
 print("closed", flush=True)
 """
 
 
-def appears(folder: Path) -> Path:
-    """Return the file that another process makes there, as soon as it has a content."""
+def appears(folder: Path, beyond: int = 0) -> Path:
+    """Return the file that another process makes there, as soon as it has more bytes than these."""
     deadline = time.monotonic() + DEADLINE
     while True:
         for file in folder.glob("*"):
-            if file.stat().st_size:
+            if file.stat().st_size > beyond:
                 return file
         assert time.monotonic() < deadline, f"nothing came to {folder}"
         time.sleep(0.01)
@@ -256,14 +261,42 @@ def test_metrics_that_wait_for_a_lock_are_in_the_spool_meanwhile(
                 child.stdin.write("go\n")
                 child.stdin.flush()
                 spool = appears(folder)
+                child.stdin.write("log more\n")
+                child.stdin.flush()
+                appears(folder, beyond=spool.stat().st_size)
                 if killed:
                     child.kill()
+                else:
+                    child.stdin.write("close\n")
+                    child.stdin.flush()
             assert child.stdout.readline() == ("" if killed else "closed\n")
         blocker.close()
         assert spool.exists() == killed
         with ExperimentTracker.resume(run.experiment_id, url) as again:
-            assert values(again) == [1.0, 2.0, 3.0]
+            assert values(again) == [1.0, 2.0, 3.0, 4.0, *[5.0] * 10, 6.0]
         assert list(folder.iterdir()) == []
+
+
+def test_a_spool_that_cannot_be_removed_does_not_keep_metrics_from_being_stored(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"cannot remove {path}")
+
+    with ExperimentTracker("run", database_url=proxy.url) as run:
+        run.log_metric("loss", 1.0)
+        proxy.take_down()
+        run.flush()
+        proxy.bring_up()
+        monkeypatch.setattr(Path, "unlink", refuse)
+        for value in (2.0, 3.0):
+            run.log_metric("loss", value)
+            run.flush()
+        assert "which cannot be removed" in caplog.text
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        assert values(run) == [1.0, 2.0, 3.0]
+    assert spools(tmp_path) == []
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40])

@@ -101,21 +101,25 @@ class MetricLog:
             if batch:
                 self._put_aside(batch, error)
                 if urgent and time.perf_counter() - started < _SHORT:
-                    self._try_again()
+                    self._try_again(len(logged))
         else:
             if batch:
                 points, took = sum(map(len, batch.values())), time.perf_counter() - started
                 self.tally.count(self._experiment_id, flushes=1, points=points, flush_seconds=took)
             self._forget(self._number)
             if self._spool:  # what came while this batch waited
-                self._try_again()
+                self._try_again(len(logged))
         self._number = self._next()
 
-    def _try_again(self) -> None:
-        """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand."""
+    def _try_again(self, count: int) -> None:
+        """Store what is spooled, if the connection only broke: a save that waits notes where the metrics stand.
+
+        Args:
+            count: of ``pending``, those that were taken care of.
+        """
         self._number = self._next()
         try:
-            with self._watched({}, 0):
+            with self._watched({}, count):
                 self._store({}, urgent=True)
         except DatabaseError as error:
             log.debug("%r is still away: %s", self._database, error)

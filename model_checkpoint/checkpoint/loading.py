@@ -190,9 +190,9 @@ class CheckpointLoading(CheckpointRemoval):
             try:
                 return *read(record), refused
             except CheckpointNotFoundError:  # removed since it was looked up
-                if checkpoint_id == record.id:
+                if record.id in (checkpoint_id, *gone):
                     raise
-                gone += [] if substitute is None else [record.id]
+                gone.append(record.id)
                 substitute = None
             except IntegrityError as error:
                 refused += [record.id] if record.id not in refused else []

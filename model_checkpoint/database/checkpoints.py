@@ -156,10 +156,12 @@ class CheckpointTable:
 
     def get(self, store_id: str, checkpoint_id: str) -> CheckpointRecord | None:
         """Return a committed or corrupt checkpoint of the store, or None."""
-        found = self._records(
-            f"c.store_id = :store AND c.id = :id AND c.status IN {LIVE}", store=store_id, id=checkpoint_id
-        )
-        return found[0] if found else None
+        where = f"c.store_id = :store AND c.id = :id AND c.status IN {LIVE}"
+        for record in self._records(where, store=store_id, id=checkpoint_id):
+            if record.id != checkpoint_id:  # an index and its row differ
+                raise DatabaseError(f"{self._db!r} has another row in the place of {checkpoint_id}; {_REPAIR}")
+            return record
+        return None
 
     def records(self, store_id: str, experiment_id: str | None = None) -> list[CheckpointRecord]:
         """Return the committed and corrupt checkpoints, of one experiment or all, in the order of their saves."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+import signal
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from model_checkpoint.errors import CheckpointNotFoundError, ModelCheckpointErro
 
 Effort = Callable[[int, int], int]
 Tried = Callable[[int], None]
+DEADLINE = 20.0  # seconds that a call may take before it counts as hung
 
 
 @pytest.fixture
@@ -199,6 +203,22 @@ def test_two_files_of_one_checkpoint_that_changed_places_are_told(twins: Twins, 
 # The database: its bytes have no digests of ours, so what it says is checked against the manifests
 
 
+@contextmanager
+def deadline() -> Iterator[None]:
+    """Turn a block that goes on for ever into an error."""
+
+    def hang(*_: object) -> None:
+        raise TimeoutError(f"nothing came of it within {DEADLINE} s")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Rows:
     """Checkpoints whose database gets damaged: each point begins with a fresh copy of it."""
 
@@ -246,7 +266,8 @@ class Rows:
 
     def _errors(self, what: str, call: Callable[[], object]) -> Iterator[tuple[str, str]]:
         try:
-            call()
+            with deadline():
+                call()
         except ModelCheckpointError:
             pass
         except Exception as error:  # noqa: BLE001
@@ -254,7 +275,8 @@ class Rows:
 
     def _load(self, manager: EnhancedCheckpointManager, what: str, **asked: Any) -> Iterator[tuple[str, str]]:
         try:
-            loaded = manager.load_checkpoint(**asked)
+            with deadline():
+                loaded = manager.load_checkpoint(**asked)
         except ModelCheckpointError:
             return
         except Exception as error:  # noqa: BLE001
@@ -287,16 +309,27 @@ def row_bytes(rows: Rows) -> list[int]:
     return sorted(places)
 
 
-def flips(rows: Rows, effort: Effort, chance: random.Random, tried: Tried) -> list[tuple[str, str]]:
-    used = [at for at, byte in enumerate(rows.content) if byte]  # most of a small database is empty
-    cells = row_bytes(rows)
-    chosen = [
-        *[(at, "a row") for at in chance.sample(cells, min(len(cells), effort(256, 4096)))],
-        *[(at, "used pages") for at in chance.sample(used, min(len(used), effort(256, 8192)))],
-        *[(at, "any page") for at in chance.sample(range(len(rows.content)), effort(64, 2048))],
+def test_an_id_that_differs_between_a_row_and_its_indexes_is_an_error_by_type(rows: Rows) -> None:
+    places = [
+        (checkpoint_id, match.start())
+        for checkpoint_id in rows.saved
+        for match in re.finditer(checkpoint_id.encode(), rows.content)
     ]
+    assert len(places) > 2 * len(rows.saved)  # rows, and indexes
+    for checkpoint_id, at in places:
+        rows.place(rows.flipped(at + len(checkpoint_id) - 1, 0))
+        assert list(rows.oversights(f"the id {checkpoint_id} at {at}")) == []
+
+
+def flips(rows: Rows, region: str, effort: Effort, chance: random.Random, tried: Tried) -> list[tuple[str, str]]:
+    places, count = {
+        "a row": (row_bytes(rows), effort(256, 4096)),
+        "used pages": ([at for at, byte in enumerate(rows.content) if byte], effort(256, 8192)),  # most are empty
+        "any page": (range(len(rows.content)), effort(64, 2048)),
+    }[region]
+    chosen = chance.sample(places, min(len(places), count))
     found: list[tuple[str, str]] = []
-    for at, region in chosen:
+    for at in chosen:
         bit = chance.randrange(8)
         rows.place(rows.flipped(at, bit))
         found += rows.oversights(f"bit {bit} of byte {at} of the database ({region})")
@@ -305,11 +338,12 @@ def flips(rows: Rows, effort: Effort, chance: random.Random, tried: Tried) -> li
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("region", ["used pages", "a row", "any page"])
 def test_a_flipped_bit_in_the_database_is_an_error_by_type_or_changes_nothing_that_is_loaded(
-    rows: Rows, effort: Effort, chance: random.Random, tried: Tried
+    rows: Rows, region: str, effort: Effort, chance: random.Random, tried: Tried
 ) -> None:
     """The manifest is sealed and the row is not; so whatever a load returns must be what the manifest says."""
-    found = flips(rows, effort, chance, tried)
+    found = flips(rows, region, effort, chance, tried)
     kinds = {kind: [text for other, text in found if other == kind] for kind, _ in found}
     for kind, texts in kinds.items():
         print(f"{len(texts)} times wrong {kind}, such as", *texts[:8], sep="\n  ")

@@ -69,7 +69,7 @@ def test_what_is_logged_while_others_hold_a_lock_survives_a_kill_in_order_and_on
         run = ExperimentTracker("run", database_url=url)
         run.close()
         stored: list[float] = []
-        for _ in range(effort(2, 30)):
+        for _ in range(effort(2, 12)):
             acknowledged, stored = kill_amid_locks(url, run.experiment_id, len(stored), chance)
             assert stored == [float(i) for i in range(len(stored))]
             assert len(stored) > acknowledged > 0

@@ -325,7 +325,7 @@ def _with_bulks(logged: Sequence[Logged]) -> dict[str, Columns]:
     made: defaultdict[str, Columns] = defaultdict(Columns)
     for item, start, end in zip(logged, starts, starts[1:]):
         if isinstance(item[1], Columns):
-            more = replace(item[1], positions=array("q", range(start, end)))
+            more = replace(item[1], positions=array("q", list(range(start, end))))
         else:
             _, value, step, at = item
             more = Columns.of([start], [value], [step], [at])

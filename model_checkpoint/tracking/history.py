@@ -76,7 +76,7 @@ def history_of(name: str, columns: Columns, total: int) -> MetricHistory:
 
 
 def to_columns(values: Any, steps: Any, at: float, path: str) -> Columns:
-    """Return many values of one metric, logged at one time, as columns.
+    """Return many values of one metric, logged at one time, as columns without positions: who stores them knows those.
 
     Args:
         values: a sequence or one-dimensional array of numbers.
@@ -95,7 +95,20 @@ def to_columns(values: Any, steps: Any, at: float, path: str) -> Columns:
     if len(counted) != count:
         raise UnsupportedValueError("steps", steps, f"there are {len(counted)} of them, and {count} values")
     stepless = array("B", b"\1" * count if steps is None else b"")
-    return Columns(array("q", range(count)), counted, stepless, numbers, array("d", [at]) * count)
+    return Columns(array("q"), counted, stepless, numbers, array("d", [at]) * count)
+
+
+def _same_memory(typecode: str, values: Any) -> array[Any] | None:
+    """Return a copy of an array whose memory holds its numbers as ``array`` does, as most of NumPy's do; else None."""
+    try:
+        view = memoryview(values)
+    except (TypeError, ValueError, BufferError):
+        return None
+    if view.itemsize != 8 or view.format not in {"d": ("d",), "q": ("q", "l")}[typecode] or not view.c_contiguous:
+        return None
+    made = array(typecode)
+    made.frombytes(view.tobytes())
+    return made
 
 
 def _array(typecode: str, values: Any, path: str, convert: Callable[[Any, str], Any]) -> array[Any]:
@@ -104,11 +117,15 @@ def _array(typecode: str, values: Any, path: str, convert: Callable[[Any, str], 
     if hasattr(values, "tolist") and not isinstance(values, array):
         if len(getattr(values, "shape", "1")) != 1:
             raise UnsupportedValueError(path, values, "it must have one dimension")
+        made = _same_memory(typecode, values)
+        if made is not None:
+            return made
         values = values.tolist()
     if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Iterable):
         raise UnsupportedValueError(path, values, "it must be a sequence or array of numbers")
     values = list(values)
-    if set(map(type, values)) <= {int, float} and not (typecode == "q" and float in set(map(type, values))):
+    kinds = set(map(type, values))
+    if kinds <= {int, float} and not (typecode == "q" and float in kinds):
         try:
             return array(typecode, values)
         except OverflowError:

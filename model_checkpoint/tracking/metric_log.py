@@ -26,6 +26,7 @@ from model_checkpoint.utils.overdue import Overdue
 
 log = logging.getLogger(__name__)
 _overdue = Overdue(0.5)  # seconds that the database has for a batch before the spool has it, too
+_WORK = 2e-6  # seconds a point that storing a batch may take before it counts as waiting
 _SHORT = 1.0  # seconds; an error that took longer to come was one of waiting, and would take as long again
 _LONGEST_PAUSE = 30.0  # seconds between two tries of a database that is away
 
@@ -155,7 +156,8 @@ class MetricLog:
     def _watched(self, batch: Mapping[str, Columns], count: int) -> AbstractContextManager[None]:
         if self._database.in_memory or not (batch or self._spool):
             return nullcontext()
-        return _overdue.otherwise(partial(self._put_aside_meanwhile, batch, count))
+        due = time.monotonic() + _WORK * sum(map(len, batch.values()))
+        return _overdue.otherwise(partial(self._put_aside_meanwhile, batch, count, due))
 
     def _put_aside(self, batch: Mapping[str, Columns], error: DatabaseError) -> None:
         if self._database.in_memory:
@@ -174,8 +176,10 @@ class MetricLog:
         self._away = True
         self.tally.count(self._experiment_id, spooled=1)
 
-    def _put_aside_meanwhile(self, batch: Mapping[str, Columns], count: int) -> None:
+    def _put_aside_meanwhile(self, batch: Mapping[str, Columns], count: int, due: float) -> None:
         """Put a batch aside that waits, and what was logged since: all of ``pending`` but its first ``count``."""
+        if time.monotonic() < due:  # it need not be waiting, so much work it is
+            return
         try:
             with self._keeping:
                 if batch:

@@ -178,7 +178,29 @@ def test_bulk_that_cannot_be_stored_says_why_and_stores_nothing(
         with pytest.raises(UnsupportedValueError, match=told):
             run.log_arrays("loss", values, steps)
         run.log_arrays("empty", [])
+        run.log_arrays("empty", np.array([]), np.array([], dtype=int))
         assert run.get_metrics() == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(6.0),
+        np.arange(6.0)[::-2],
+        np.arange(6, dtype=">f8"),
+        np.arange(6, dtype="f4"),
+        np.arange(6, dtype="i8"),
+        np.arange(6, dtype="u8"),
+        array("d", [1.5, math.nan, -0.0]),
+    ],
+)
+def test_arrays_of_any_memory_are_logged_as_their_numbers(tmp_path: Path, values: np.ndarray | array[float]) -> None:
+    steps = np.arange(2 * len(values))[::2]  # not all in one piece
+    with ExperimentTracker("run", database_url=f"sqlite:///{tmp_path}/runs.db") as run:
+        run.log_arrays("loss", values, steps)
+        found = run.metric_history("loss")
+        assert repr(list(found.values)) == repr([float(value) for value in values])
+        assert found.steps == steps.tolist()
 
 
 # --- other libraries --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from model_checkpoint import ExperimentTracker
+from model_checkpoint import Capture, ExperimentTracker
 
 
 class Peer(Protocol):
@@ -35,10 +35,10 @@ class Peer(Protocol):
 
 
 class Ours:
-    """This package on SQLite."""
+    """This package on SQLite; like the others it is told not to look at code and machine meanwhile."""
 
     def __init__(self, folder: Path) -> None:
-        self._run = ExperimentTracker("run", database_url=f"sqlite:///{folder}/ours.db")
+        self._run = ExperimentTracker("run", database_url=f"sqlite:///{folder}/ours.db", capture=Capture.none())
         self.log = self._run.log_metrics
         self.log_one = self._run.log_metric
         self.finish = self._run.close

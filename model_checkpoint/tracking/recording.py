@@ -40,10 +40,7 @@ class Recording:
             log_: see ``SystemSampler``.
             resumed: whether what is found is an entry of the list ``resumed`` of the capture that there is.
         """
-        # Imported here: a fork while a thread imports them would leave the child unable to.
-        find_nvml()
-        import email.parser  # noqa: F401 - importlib.metadata imports it when it reads the first package
-
+        find_nvml()  # imports it here: a fork while a thread does would leave the child unable to
         if found is not None:
             self._capture(wanted, found, resumed)
         if wanted.system_metrics:

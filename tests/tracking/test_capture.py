@@ -87,7 +87,9 @@ def stored(url: str, experiment_id: str) -> Any:
 
 
 def threads() -> set[threading.Thread]:
-    return {each for each in threading.enumerate() if each.name.startswith("model-checkpoint")}
+    """Return the threads of trackers; the one that looks after what is overdue is the process's and stays."""
+    ours = {each for each in threading.enumerate() if each.name.startswith("model-checkpoint")}
+    return {each for each in ours if each.name != "model-checkpoint-overdue"}
 
 
 class Receiver:

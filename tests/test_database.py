@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,7 +249,14 @@ def test_a_frozen_database_whose_log_cannot_be_read_is_refused_with_what_to_do(t
         Queries(f"sqlite:///{folder}/runs.db")
 
 
-READS = """
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users reach; those of pytest are closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+OF_ANOTHER_USER = """
 import os, sys
 from model_checkpoint import Queries
 from model_checkpoint.database.models import ExperimentRecord
@@ -264,15 +272,12 @@ with Queries(sys.argv[1]) as queries:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="two users are needed, so root")
 @pytest.mark.parametrize("mode", [0o755, 0o777])
-def test_who_reads_the_database_of_another_user_sees_what_is_there_and_leaves_nothing(path: Path, mode: int) -> None:
-    url = f"sqlite:///{path}"
+def test_who_reads_the_database_of_another_user_sees_what_is_there_and_leaves_nothing(shared: Path, mode: int) -> None:
+    url = f"sqlite:///{shared}/runs.db"
     ExperimentTracker("first", database_url=url).close()
-    for folder in path.parents:
-        if not folder.stat().st_mode & 0o001:
-            pytest.skip(f"{folder} is closed to other users")
-    path.parent.chmod(mode)
+    shared.chmod(mode)
     reader = subprocess.Popen(
-        [sys.executable, "-c", READS, url], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OF_ANOTHER_USER, url], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert reader.stdin is not None
     assert reader.stdout is not None
@@ -282,7 +287,7 @@ def test_who_reads_the_database_of_another_user_sees_what_is_there_and_leaves_no
             reader.stdin.flush()
             assert reader.stdout.readline() == f"{expected}\n"
             ExperimentTracker("next", database_url=url).close()
-    assert {file.stat().st_uid for file in path.parent.iterdir()} == {0}
+    assert {file.stat().st_uid for file in shared.iterdir()} == {0}
 
 
 def test_a_database_of_an_older_version_that_may_not_be_written_is_refused_by_name(tmp_path: Path) -> None:

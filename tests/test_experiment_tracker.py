@@ -951,9 +951,11 @@ if __name__ == "__main__":
         worker.join()
         assert worker.exitcode == 0
         os._exit(0)
-    if sys.argv[2] == "forked":
+    if sys.argv[2].startswith("forked"):
         pid = os.fork()
         if pid == 0:
+            if sys.argv[2] == "forked, and dropped there":
+                del run, child
             sys.exit(0)
         assert os.waitpid(pid, 0)[1] == 0
         os._exit(0)
@@ -984,6 +986,7 @@ if __name__ == "__main__":
         ("second rank", "running", "running"),
         ("spawned", "running", "running"),
         ("forked", "running", "running"),
+        ("forked, and dropped there", "running", "running"),
     ],
 )
 def test_a_run_that_nobody_closed_ends_with_its_process(tmp_path: Path, how: str, status: str, of_child: str) -> None:

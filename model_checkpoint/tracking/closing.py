@@ -112,7 +112,7 @@ class Held:
         """Do that for the garbage collector, which runs in any thread and may hold a lock that the writer waits for."""
         if not _exiting.is_set():
             if not self._database.in_memory:
-                _collected[self._experiment_id] = self._database.database_url, os.getpid()
+                _collected[self._experiment_id] = self._database.database_url, self._process
             self.let_go(_LONGEST_WAIT)
             return
         status = _status_at_exit()

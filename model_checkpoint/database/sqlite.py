@@ -10,6 +10,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Sequence
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -150,10 +151,8 @@ class SQLiteDialect:
             return "rwc"
         if os.access(self.path, os.W_OK) and os.access(os.path.dirname(self.path), os.W_OK):
             return "rw"
-        with open(self.path, "rb") as file:
-            uses_log = file.read(20)[18:] == b"\2\2"  # the file format's read and write version
         log, index = f"{self.path}-wal", f"{self.path}-shm"
-        if not uses_log or (os.path.exists(log) and os.path.exists(index)):
+        if not _uses_log(self.path, os.stat(self.path).st_ino) or (os.path.exists(log) and os.path.exists(index)):
             return "ro"
         if os.path.exists(log) and os.path.getsize(log):
             raise OSError(errno.EROFS, "part of it is in its -wal file; copy both to where they can be written", log)
@@ -241,6 +240,16 @@ class SQLiteDialect:
         if connection.guard is not None:
             with contextlib.suppress(OSError):  # a lock: nothing was written to it, and the kernel has let go of it
                 connection.guard.close()
+
+
+@lru_cache(256)
+def _uses_log(path: str, inode: int) -> bool:
+    """Whether a file is a database with a write-ahead log; it is looked at once, before anything of ours reads it.
+
+    A process that closes a file loses every lock that it has on it, also those of SQLite's connections.
+    """
+    with open(path, "rb") as file:
+        return file.read(20)[18:] == b"\2\2"  # the file format's read and write version
 
 
 def file_system(path: str, table: str = "/proc/self/mountinfo") -> str:

@@ -192,3 +192,11 @@ class HookVetoError(ModelCheckpointError, RuntimeError):
         self.hook = hook
         self.event = event
         self.reason = reason
+
+
+class HookTimeoutError(ModelCheckpointError, TimeoutError):
+    """A hook took longer than its timeout; whatever it does still, nobody waits for it any more."""
+
+    def __init__(self, timeout: float | None) -> None:
+        super().__init__(f"the handler took longer than its timeout of {timeout:g} s")
+        self.timeout = timeout

@@ -20,6 +20,7 @@ from weakref import ReferenceType, ref
 
 from model_checkpoint.checkpoint.snapshot import SnapshotBuffer
 from model_checkpoint.errors import SaveFailedError
+from model_checkpoint.hooks.threads import acting_thread
 from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.parallel import start
 
@@ -213,8 +214,8 @@ class SaveQueue:
         return self._wait_until(lambda: not awaited & self.jobs.keys(), timeout)
 
     def is_worker(self) -> bool:
-        """Whether the caller is a hook of a background save."""
-        return threading.current_thread() is self._worker
+        """Whether the caller is a hook of a background save, in the thread that saves or in one that it waits for."""
+        return acting_thread() is self._worker
 
     def raise_failure(self, checkpoint_id: str | None = None) -> None:
         """Raise what became of a background save that failed, of the first one for None; each is raised once.

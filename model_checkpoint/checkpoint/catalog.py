@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from model_checkpoint.checkpoint.arguments import NAMED_TYPES, check_flags, check_id
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
+from model_checkpoint.checkpoint.events import CheckpointEvents
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import (
@@ -18,11 +17,10 @@ from model_checkpoint.errors import (
     ConfigurationError,
     DatabaseError,
     ExperimentNotFoundError,
-    HookVetoError,
     IntegrityError,
     UnknownCheckpointTypeError,
 )
-from model_checkpoint.hooks import HookEvent, HookManager
+from model_checkpoint.hooks import HookEvent
 from model_checkpoint.integrity import CheckpointVerifier
 from model_checkpoint.integrity.verification import summarise
 from model_checkpoint.performance import LRUCache
@@ -59,17 +57,14 @@ class Tracker(Protocol):
         """Store what is buffered."""
 
 
-class CheckpointCatalog:
+class CheckpointCatalog(CheckpointEvents):
     """What can be asked of checkpoints without loading them; ``EnhancedCheckpointManager`` sets it up."""
 
-    hook_manager: HookManager | None
-    _db: EnhancedDatabaseConnection
     _directory: CheckpointDirectory
     _tracker: Tracker | None
     _cache: LRUCache | None
     _best_metrics: dict[str, str]
     _tally: Tally
-    _inside: threading.local  # its ``hook`` says whether this thread is in one, where SystemExit would get lost
 
     def list_checkpoints(
         self,
@@ -255,6 +250,9 @@ class CheckpointCatalog:
                 continue  # removed since it was listed
             outcome = {"verified": results[-1]["verified"], "error": results[-1]["error"]}
             self._fire(HookEvent.AFTER_INTEGRITY_CHECK, outcome, record.id, record.experiment_id)
+            bad = [check for check in results[-1]["files"] if not check["ok"]]
+            if bad:
+                self._tell_damage(record.id, record.experiment_id, bad, "verification")
         return summarise(results)
 
     def _note(self, checkpoint_id: str, error: IntegrityError | None, checks: list[dict[str, Any]]) -> None:
@@ -316,20 +314,6 @@ class CheckpointCatalog:
         told["hooks"] = self.hook_manager.get_performance_stats() if self.hook_manager is not None else {}
         return told
 
-    def _fire(self, event: HookEvent, data: Mapping[str, Any], checkpoint_id: str, experiment_id: str) -> None:
-        """Run the hooks of ``event``; raises HookVetoError where one vetoes."""
-        if self.hook_manager is None or event not in self.hook_manager.listening:
-            return
-        outer, self._inside.hook = getattr(self._inside, "hook", False), True
-        try:
-            result = self.hook_manager.fire_hook(
-                event, data=data, checkpoint_id=checkpoint_id, experiment_id=experiment_id
-            )
-        finally:
-            self._inside.hook = outer
-        if result.stopped_by is not None:
-            raise HookVetoError(result.stopped_by, event.value, result.reason)
-
 
 _SUMS = ("saves", "save_seconds", "stall_seconds", "bytes_written", "loads", "load_seconds")
 GAUGES: dict[str, Callable[[Any], float]] = {
@@ -337,12 +321,6 @@ GAUGES: dict[str, Callable[[Any], float]] = {
     "cache_hits": lambda manager: manager._cache.stats()["hits"] if manager._cache else 0,
     "cache_misses": lambda manager: manager._cache.stats()["misses"] if manager._cache else 0,
 }
-
-
-def payload(record: CheckpointRecord) -> dict[str, Any]:
-    """Return what hooks are told of a save; copies, so that nothing a hook does to it reaches the checkpoint."""
-    names = ("checkpoint_type", "epoch", "step", "loss", "val_loss", "metrics", "config", "notes", "model_name")
-    return copy.deepcopy({name: getattr(record, name) for name in names})
 
 
 def database_of(tracker: Tracker | None, url: str | None) -> EnhancedDatabaseConnection:

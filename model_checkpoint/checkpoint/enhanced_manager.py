@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,13 +21,13 @@ from model_checkpoint.checkpoint.arguments import (
 )
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
-from model_checkpoint.checkpoint.catalog import GAUGES, Tracker, database_of, payload
+from model_checkpoint.checkpoint.catalog import GAUGES, Tracker, database_of
 from model_checkpoint.checkpoint.compression import best_codec
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
+from model_checkpoint.checkpoint.events import AFTER_SAVE, hooks_of, payload
 from model_checkpoint.checkpoint.lifecycle import ManagerLifecycle
 from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.reader import STATE_FILE
-from model_checkpoint.checkpoint.recovery import recover
 from model_checkpoint.checkpoint.retention import Protection, RetentionPolicy
 from model_checkpoint.checkpoint.state import EncodedState, encode
 from model_checkpoint.checkpoint.storage import PlannedFile
@@ -89,7 +88,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         save_frequency: epochs that are multiples of it go last when ``max_checkpoints`` is exceeded.
         max_checkpoints: checkpoints kept of an experiment, protected ones included; None keeps all.
         database_url: for a manager without a tracker; ``sqlite:///experiments.db`` when None.
-        enable_hooks: without, ``hook_manager`` is None.
+        enable_hooks: without, the attribute ``hook_manager`` is None.
         best_metrics: metric name -> ``min`` or ``max`` where the name does not tell; the first is ``best_metric``.
         protected_types: checkpoint types that are never removed.
         retention_policy: replaces ``max_checkpoints`` and ``save_frequency``: ``KeepLast(3) | KeepBest(2, "f1")``.
@@ -98,6 +97,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         async_save: whether saves return as soon as the state is copied; ``blocking`` of a save overrides it.
         max_pending_saves: background saves that may be under way, each with a copy of the state; a further one waits.
         io_threads: how many threads hash, write, read and copy at once; one a core, up to 16, when None.
+        hook_manager: hooks that there are already when it opens the directory; the tracker's when None, which all of
+            the tracker's managers share.
 
     Raises:
         ConfigurationError: an argument that cannot be used.
@@ -130,6 +131,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         async_save: bool = False,
         max_pending_saves: int = 1,
         io_threads: int | None = None,
+        hook_manager: HookManager | None = None,
     ) -> None:
         check_constructor(experiment_tracker, retention_policy, protected_types, best_metrics)
         check_at_least_one(save_frequency=save_frequency, max_checkpoints=max_checkpoints, io_threads=io_threads)
@@ -138,7 +140,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         check_flags(enable_caching=enable_caching, save_best=save_best, save_last=save_last, enable_hooks=enable_hooks)
         check_flags(async_save=async_save)
         self.checkpoint_dir = "checkpoints" if checkpoint_dir is None else checkpoint_dir
-        self.hook_manager = HookManager() if enable_hooks else None
+        self.hook_manager = hooks_of(experiment_tracker, hook_manager, enable_hooks)
         self._backend = find_backend(storage_backend)
         self._codec = best_codec() if enable_compression else None
         self._integrity = enable_integrity_checks
@@ -157,11 +159,10 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         self._signals: SignalWatch | None = None
         self._at_signal: Callable[[], Mapping[str, Any]] = dict
         self._tally = Tally(self, GAUGES)
-        self._inside = threading.local()
         self._directory = CheckpointDirectory(self.checkpoint_dir)
         self._db = database_of(experiment_tracker, database_url)
         self._db.before_close(self._queue.wait)
-        recover(self._directory, self._db, self._best_metrics)
+        self._begin()
 
     def save_checkpoint(  # noqa: PLR0913 - the names and defaults are the specification's
         self,
@@ -259,8 +260,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             if self._queue.jobs:  # of a hook, or of another thread
                 self._take_turn(background)
             self._save(call, state)
-        if self._signals is not None and self._signals.may_end() and not getattr(self._inside, "hook", False):
-            self._end(record.id)
+        if self._signals is not None or self._interrupt is not None:
+            self._after_save(record.id)
         return record.id
 
     def _take_turn(self, background: bool) -> None:
@@ -321,10 +322,11 @@ class EnhancedCheckpointManager(ManagerLifecycle):
                 self._tally.sums[key, name] += value
             self._tally.laps[key, "save_seconds"].append(value)
             self._tally.counts[key, "save_seconds"] += 1
-        if hooks is not None and HookEvent.AFTER_CHECKPOINT_SAVE in hooks.listening:
-            outcome = {**payload(record), "size": record.size, "best": sorted(taken)}
-            self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, outcome, record.id, record.experiment_id)
-        if self._policy is not None or (self._max_checkpoints is not None and count > self._max_checkpoints):
+        if hooks is not None and not AFTER_SAVE.isdisjoint(hooks.listening):
+            self._tell_saved(record, taken)
+        advised = hooks is not None and HookEvent.BEFORE_RETENTION in hooks.listening
+        excess = self._max_checkpoints is not None and count > self._max_checkpoints
+        if excess or advised or self._policy is not None:
             self._retain(record.experiment_id)
 
     def _write(self, call: _Call, planned: Sequence[PlannedFile]) -> tuple[CheckpointRecord, Mapping[str, float], int]:

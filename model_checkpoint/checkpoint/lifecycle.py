@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakSet
 
 from model_checkpoint.checkpoint.arguments import check_id, check_seconds, save_arguments
 from model_checkpoint.checkpoint.loading import CheckpointLoading
@@ -12,7 +15,9 @@ from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.recovery import RecoveryReport, rebuild, recover
 from model_checkpoint.errors import ConfigurationError, SaveFailedError
 from model_checkpoint.hooks import HookEvent, HookManager
+from model_checkpoint.hooks.hook_manager import as_hook, inside_hook
 
+_open: WeakSet[ManagerLifecycle] = WeakSet()  # those that were not closed
 Manager = TypeVar("Manager", bound="ManagerLifecycle")
 
 
@@ -43,6 +48,19 @@ class ManagerLifecycle(CheckpointLoading):
         if self.hook_manager is None:
             raise ConfigurationError("this manager has no hooks; make it with enable_hooks=True")
         return self.hook_manager
+
+    def _begin(self) -> None:
+        """Repair what a crash left, and tell that the manager is there."""
+        if self._tracker is None:
+            self._db.on_error(self._tell_database_error)
+        self._tell_recovery(recover(self._directory, self._db, self._best_metrics), "open")
+        self._tell_life(HookEvent.ON_SYSTEM_START)
+        _open.add(self)
+
+    def _tell_end(self) -> None:
+        if self in _open:
+            _open.discard(self)
+            self._tell_life(HookEvent.ON_SYSTEM_SHUTDOWN)
 
     def pending(self) -> list[str]:
         """Return the ids of the background saves that are not durable yet, in the order of their calls."""
@@ -84,7 +102,9 @@ class ManagerLifecycle(CheckpointLoading):
             What was done; None while a save or load elsewhere is under way, or when the directory is read-only.
         """
         self._queue.wait()
-        return recover(self._directory, self._db, self._best_metrics)
+        report = recover(self._directory, self._db, self._best_metrics)
+        self._tell_recovery(report, "recover")
+        return report
 
     def rebuild_index(self) -> RecoveryReport:
         """Make the database say what the manifests in the directory say, for one that was damaged or fell behind.
@@ -99,7 +119,9 @@ class ManagerLifecycle(CheckpointLoading):
             LockTimeoutError: saves of other processes kept the directory busy for 10 seconds.
         """
         self._queue.wait()
-        return rebuild(self._directory, self._db, self._best_metrics)
+        report = rebuild(self._directory, self._db, self._best_metrics)
+        self._tell_recovery(report, "rebuild_index")
+        return report
 
     def close(self) -> None:
         """Finish what is pending and let go of the database, unless it is the tracker's. Closing twice does nothing.
@@ -111,6 +133,7 @@ class ManagerLifecycle(CheckpointLoading):
         self._queue.wait()
         signals, self._signals = self._signals, None
         try:
+            self._tell_end()
             if self._tracker is None:
                 self._db.close()
             self._queue.raise_failure()
@@ -150,18 +173,24 @@ class ManagerLifecycle(CheckpointLoading):
             Exception: what that function or ``save_checkpoint`` raises; the signal is still noted, for the next safe
                 point and for ``close``.
         """
-        if self._signals is None or not self._signals.may_end() or getattr(self._inside, "hook", False):
+        if self._signals is None or not self._signals.may_end() or inside_hook():
             return
-        self._inside.hook = True  # a safe point within the function is none
-        try:
+        with as_hook():  # a safe point within the function is none
             wanted = save_arguments(self._at_signal(), self.save_checkpoint)
-        finally:
-            self._inside.hook = False
         self.save_checkpoint(**{**wanted, "blocking": True})
 
     def _must_save(self) -> bool:
         """Whether the state must be saved now, as a signal came, whatever failed before; close() will raise that."""
         return self._signals is not None and self._signals.may_end()
+
+    def _after_save(self, checkpoint_id: str) -> None:
+        """Do what was put off until a save has ended: raise a Ctrl-C that came in a hook, end by a signal."""
+        interrupt = self._interrupt
+        if interrupt is not None and threading.current_thread() is threading.main_thread():
+            self._interrupt = None
+            raise interrupt
+        if self._signals is not None and self._signals.may_end() and not inside_hook():
+            self._end(checkpoint_id)
 
     def _end(self, checkpoint_id: str) -> None:
         """Let the process end by the signal that came, now that ``checkpoint_id`` holds its state."""
@@ -183,3 +212,10 @@ class ManagerLifecycle(CheckpointLoading):
         except SaveFailedError:
             if kind is None:
                 raise  # otherwise what the block raised is the better one to see; the failure was logged
+
+
+@atexit.register
+def _tell_ends() -> None:
+    """Tell the hooks of managers that nobody has closed that this is the end."""
+    for manager in list(_open):
+        manager._tell_end()

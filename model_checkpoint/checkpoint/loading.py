@@ -195,6 +195,8 @@ class CheckpointLoading(CheckpointRemoval):
                 gone.append(record.id)
                 substitute = None
             except IntegrityError as error:
+                bad = {"name": error.path, "expected": error.expected, "actual": error.actual, "problem": str(error)}
+                self._tell_damage(record.id, record.experiment_id, [bad], "load")
                 refused += [record.id] if record.id not in refused else []
                 if not fall_back:
                     raise

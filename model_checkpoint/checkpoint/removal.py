@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import elect, with_sound_holders
 from model_checkpoint.checkpoint.catalog import CheckpointCatalog
 from model_checkpoint.checkpoint.retention import (
+    KeepAny,
     Protection,
     RetentionPlan,
     RetentionPolicy,
@@ -77,30 +78,48 @@ class CheckpointRemoval(CheckpointCatalog):
         Raises:
             ExperimentNotFoundError: no experiment is named and there is no tracker.
         """
-        experiment_id = self._named_experiment(experiment_id)
+        return self._plan(self._named_experiment(experiment_id), self._policy)
+
+    def _plan(self, experiment_id: str, policy: RetentionPolicy | None) -> RetentionPlan:
         records = self._db.checkpoints.records(self._directory.store_id, experiment_id)
         records = with_sound_holders(records, self._best_metrics)
-        if self._policy is not None:
-            return plan_by_policy(records, self._policy, self._protection, time.time())
+        if policy is not None:
+            return plan_by_policy(records, policy, self._protection, time.time())
         return plan_by_count(records, self._max_checkpoints, self._save_frequency, self._protection)
 
     def _retain(self, experiment_id: str) -> None:
         """Carry out the retention plan after a save; what another process is using is left to the next pass."""
         try:
-            doomed = [i for i in self.retention_plan(experiment_id).removed if self._may_go(experiment_id, i) is None]
-            if not doomed:
-                return
-            with self._directory.exclusive(_RETENTION_PATIENCE):
-                gone = self._remove(
-                    experiment_id, lambda: self.retention_plan(experiment_id).removed, doomed, new_pass=True
-                )
-        except LockTimeoutError:
+            policy = self._policy_now(experiment_id)
+            doomed = [i for i in self._plan(experiment_id, policy).removed if self._may_go(experiment_id, i) is None]
+            gone: list[tuple[CheckpointRecord, str]] = []
+            if doomed:
+                with self._directory.exclusive(_RETENTION_PATIENCE):
+                    gone = self._remove(
+                        experiment_id, lambda: self._plan(experiment_id, policy).removed, doomed, new_pass=True
+                    )
+        except (LockTimeoutError, HookVetoError) as error:
+            log.debug("no retention pass of experiment %s: %s", experiment_id, error)
             return
-        except Exception:
+        except Exception as error:
             # The checkpoint is saved: not even a user's policy may make that look like a failure.
             log.exception("retention of experiment %s failed; the next save tries again", experiment_id)
+            if self.hook_manager is not None:
+                self.hook_manager.report_error("retention", error, experiment_id)
             return
         self._after_removal(gone)
+        told = {"removed": {r.id: why for r, why in gone}, "reclaimed": sum(r.size for r, _ in gone)}
+        self._fire(HookEvent.AFTER_RETENTION, told, None, experiment_id)
+
+    def _policy_now(self, experiment_id: str) -> RetentionPolicy | None:
+        """Return the policy of a pass: what BEFORE_RETENTION hooks advise together, else the manager's own."""
+        if self.hook_manager is None or HookEvent.BEFORE_RETENTION not in self.hook_manager.listening:
+            return self._policy
+        plan = self._plan(experiment_id, self._policy)
+        told = {"removed": plan.removed, "kept": plan.kept}
+        answers = self._fire(HookEvent.BEFORE_RETENTION, told, None, experiment_id)
+        advice = [a["retention_policy"] for a in answers.values() if isinstance(a, dict) and "retention_policy" in a]
+        return KeepAny(tuple(advice)) if advice else self._policy
 
     def _may_go(self, experiment_id: str, checkpoint_id: str) -> HookVetoError | None:
         """Ask the BEFORE hooks of a removal; return their veto or None."""
@@ -110,10 +129,13 @@ class CheckpointRemoval(CheckpointCatalog):
             return veto
         return None
 
-    def _after_removal(self, gone: Iterable[tuple[CheckpointRecord, str]]) -> None:
+    def _after_removal(self, gone: Collection[tuple[CheckpointRecord, str]]) -> None:
         for record, reason in gone:
             told = {"reason": reason, "epoch": record.epoch, "step": record.step, "size": record.size}
             self._fire(HookEvent.AFTER_CHECKPOINT_DELETE, told, record.id, record.experiment_id)
+        lost = {record.experiment_id: set().union(*(r.best for r, _ in gone)) for record, _ in gone}
+        for experiment_id, criteria in lost.items():
+            self._tell_new_holders(experiment_id, criteria, "removed")
 
     def _remove(
         self, experiment_id: str, reread: Callable[[], Mapping[str, str]], only: Collection[str], new_pass: bool
@@ -212,7 +234,10 @@ class CheckpointRemoval(CheckpointCatalog):
             with self._db.transaction(durable=True):
                 graves.remove(store, checkpoint_id)
                 rows.set_pinned(checkpoint_id, True)
-                rows.replace_holders(experiment_id, elect(rows.of_experiment(experiment_id), self._best_metrics))
+                holders = elect(rows.of_experiment(experiment_id), self._best_metrics)
+                rows.replace_holders(experiment_id, holders)
+        won = [criterion for criterion, (holder, _) in holders.items() if holder == checkpoint_id]
+        self._tell_new_holders(experiment_id, won, "undeleted")
 
     def list_trash(self, experiment_id: str | None = None) -> list[dict[str, Any]]:
         """Return what ``undelete`` can bring back, the longest there first.

@@ -74,6 +74,7 @@ class EnhancedDatabaseConnection:
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size}")
         self.database_url = database_url
         self._closers: dict[int, WeakMethod[Callable[[], object]]] = {}  # in the order in which they came
+        self._told: list[WeakMethod[Callable[[DatabaseError], object]]] = []
         self._numbers = count()
         self._start(pool_size, busy_timeout, create)
         try:
@@ -152,6 +153,22 @@ class EnhancedDatabaseConnection:
         """Call ``finish``, a method whose object this does not keep alive, before the connections are closed."""
         number = next(self._numbers)
         self._closers[number] = WeakMethod(finish, lambda _: self._closers.pop(number, None))
+
+    def on_error(self, tell: Callable[[DatabaseError], object]) -> None:
+        """Call ``tell``, a method whose object this does not keep alive, with every error of the driver from now on.
+
+        It is called where the error came, within transactions and locks, and must neither wait nor raise.
+        """
+        self._told.append(WeakMethod(tell, self._told.remove))
+
+    def _refused(self, text: str) -> DatabaseError:
+        """Return the error for one of the driver's, of which those who asked are told."""
+        error = DatabaseError(f"database {self.place}: {text}")
+        for reference in list(self._told):
+            tell = reference()
+            if tell is not None:
+                tell(error)
+        return error
 
     def close(self) -> None:
         """Close every connection, each when its transaction has ended. Closing twice does nothing.

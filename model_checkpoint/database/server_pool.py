@@ -213,7 +213,7 @@ class ServerPool(EnhancedDatabaseConnection):
         text = " ".join(str(getattr(error, "orig", None) or error).split())
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return DatabaseError(f"database {self.place}: {text}; {outcome}")
+        return self._refused(f"{text}; {outcome}")
 
 
 class _Connection:

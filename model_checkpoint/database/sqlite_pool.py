@@ -261,7 +261,7 @@ class SQLitePool(EnhancedDatabaseConnection):
             advice = "this process may not write it; nothing was stored"
         elif "malformed" in str(error) or "not a database" in str(error):
             advice = _DAMAGED
-        return DatabaseError(f"database {self._dialect.path}: {error}; {advice}")
+        return self._refused(f"{error}; {advice}")
 
     def _shut(self) -> None:
         self._closed = True

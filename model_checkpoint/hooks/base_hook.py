@@ -9,7 +9,10 @@ from typing import Any
 
 
 class HookEvent(str, Enum):
-    """The moments at which hooks run. A BEFORE event can be vetoed; the others only tell."""
+    """The moments at which hooks run; docs/hooks.md says what each brings.
+
+    A BEFORE event can be vetoed; the others only tell.
+    """
 
     BEFORE_CHECKPOINT_SAVE = "before_checkpoint_save"
     AFTER_CHECKPOINT_SAVE = "after_checkpoint_save"
@@ -20,11 +23,37 @@ class HookEvent(str, Enum):
     AFTER_CHECKPOINT_DELETE = "after_checkpoint_delete"
     BEFORE_INTEGRITY_CHECK = "before_integrity_check"
     AFTER_INTEGRITY_CHECK = "after_integrity_check"
+    ON_INTEGRITY_FAILURE = "on_integrity_failure"
+    BEFORE_RETENTION = "before_retention"
+    AFTER_RETENTION = "after_retention"
+    ON_BEST_MODEL_UPDATE = "on_best_model_update"
+    BEFORE_METRIC_COLLECTION = "before_metric_collection"
+    AFTER_METRIC_COLLECTION = "after_metric_collection"
+    ON_METRIC_THRESHOLD = "on_metric_threshold"
+    ON_EXPERIMENT_START = "on_experiment_start"
+    ON_EXPERIMENT_STATUS_CHANGE = "on_experiment_status_change"
+    ON_EXPERIMENT_END = "on_experiment_end"
+    ON_DATABASE_ERROR = "on_database_error"
+    ON_RECOVERY = "on_recovery"
+    BEFORE_TRAINING_STEP = "before_training_step"
+    AFTER_FORWARD_PASS = "after_forward_pass"
+    BEFORE_LOSS_COMPUTATION = "before_loss_computation"
+    AFTER_LOSS_COMPUTATION = "after_loss_computation"
+    ON_SYSTEM_START = "on_system_start"
+    ON_SYSTEM_SHUTDOWN = "on_system_shutdown"
+    ON_ERROR = "on_error"
+
+    __hash__ = str.__hash__  # Enum's own is a function of Python: 0.1 us for every look whether somebody listens
 
     @property
     def can_be_vetoed(self) -> bool:
         """Whether a handler may stop what is about to happen."""
         return self.value.startswith("before_")
+
+    @property
+    def method(self) -> str:
+        """The method of a hook object that handles this event."""
+        return self.value if self.value.startswith("on_") else f"on_{self.value}"
 
 
 class HookPriority(IntEnum):
@@ -68,6 +97,11 @@ class HookContext:
         """Set several names of ``data``."""
         self.data.update(values)
 
+    def copy(self) -> HookContext:
+        """Return a context with dicts of its own, for a handler that goes on beside those that follow it."""
+        ids = self.checkpoint_id, self.experiment_id
+        return HookContext(self.event, dict(self.data), *ids, dict(self.user_data), dict(self.metadata))
+
 
 @dataclass
 class HookResult:
@@ -75,10 +109,12 @@ class HookResult:
 
     Attributes:
         success: no handler failed and none vetoed.
-        results: hook name -> what its handler returned.
+        results: hook name -> what its handler returned. Of handlers in the background, which may run yet, nothing is
+            here, and no errors.
         stopped_by: the hook that vetoed, or None.
         reason: the ``reason`` that it gave, or None.
-        errors: hook name -> the exception that it raised.
+        errors: hook name -> the exception that it raised, a ``HookTimeoutError`` for one that took too long. Without
+            its traceback, which is in the log: that would keep what the handler was given alive.
     """
 
     success: bool = True
@@ -93,12 +129,18 @@ class HookResult:
 
 
 class BaseHook:
-    """A hook with state of its own: subclass it and write ``execute``.
+    """A hook with state of its own: subclass it and write ``execute``, or a method ``on_<event>`` for each event.
+
+    ``on_before_checkpoint_save`` handles BEFORE_CHECKPOINT_SAVE and ``on_metric_threshold`` handles
+    ON_METRIC_THRESHOLD: of events that begin with ON, the name is the method's. Events that have no such method go to
+    ``execute``. Methods may be ``async def``.
 
     Args:
         name: unique in its manager; the class's name unless given.
-        events: when it runs; the class attribute ``events`` unless given, which is before every checkpoint save.
+        events: when ``execute`` runs; the class attribute ``events`` unless given, which is before every checkpoint
+            save. A class that has ``on_<event>`` methods and no ``execute`` needs none.
         priority: the lower runs first.
+        timeout, async_execution: see ``HookManager.register_hook``.
     """
 
     events: Sequence[HookEvent] = (HookEvent.BEFORE_CHECKPOINT_SAVE,)
@@ -108,10 +150,14 @@ class BaseHook:
         name: str | None = None,
         events: Sequence[HookEvent] | None = None,
         priority: int = HookPriority.NORMAL,
+        timeout: float | None = None,
+        async_execution: bool = False,
     ) -> None:
         self.name = name or type(self).__name__
         self.events = tuple(events if events is not None else type(self).events)
         self.priority = priority
+        self.timeout = timeout
+        self.async_execution = async_execution
 
     def execute(self, context: HookContext) -> Any:
         """Do the hook's work.

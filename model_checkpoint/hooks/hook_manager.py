@@ -6,64 +6,96 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
-from model_checkpoint.errors import HookRegistrationError
+from model_checkpoint.errors import HookRegistrationError, HookTimeoutError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority, HookResult
+from model_checkpoint.hooks.registration import ErrorHandler, Handler, Hook, Options, hook_of, is_async
+from model_checkpoint.hooks.threads import Pool, await_elsewhere, call_elsewhere
 from model_checkpoint.utils.fork import renew_in_child
 from model_checkpoint.utils.jsonable import scalar
 
 log = logging.getLogger(__name__)
-Handler = Callable[[HookContext], Any]
-ErrorHandler = Callable[[BaseException, HookContext], Any]
-_NOT_YET = {"timeout", "async_execution"}  # of the first design; as metadata they would be ignored without a word
+_MOST_TIMEOUTS = 3  # in a row, after which a hook is disabled: each may have left a thread that never ends
+
+_inside: ContextVar[bool] = ContextVar("inside a hook", default=False)
+# The errors that handlers are being told of: what goes wrong in them meanwhile is not told, or it would never end.
+_reporting: ContextVar[frozenset[HookEvent]] = ContextVar("reports under way", default=frozenset())
 
 
-@dataclass
-class _Hook:
-    name: str
-    handler: Handler
-    events: tuple[HookEvent, ...]
-    priority: int
-    error_handler: ErrorHandler | None
-    metadata: dict[str, Any]
-    enabled: bool = True
-    calls: int = 0
-    failures: int = 0
-    times: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "min": float("inf"), "max": 0.0})
+def inside_hook() -> bool:
+    """Whether this is called by a handler, in whatever thread that runs."""
+    return _inside.get()
+
+
+@contextmanager
+def as_hook() -> Iterator[None]:
+    """Let ``inside_hook`` be true in a block."""
+    inside = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(inside)
 
 
 class HookManager:
-    """The hooks of one checkpoint manager; safe to use from many threads, also from within a hook.
+    """The hooks of one run: of its tracker and its checkpoint manager. Any thread may use it, also from within a hook.
+
+    Args:
+        max_workers: how many handlers with ``async_execution`` run at once.
+        enable_async: whether there may be handlers that run outside the caller's thread: coroutines and
+            ``async_execution``.
 
     Attributes:
         listening: event -> its hooks in the order in which they run; an event without hooks is not in it.
+
+    Raises:
+        HookRegistrationError: ``max_workers`` is no integer of at least 1.
     """
 
-    def __init__(self) -> None:
-        self.listening: dict[HookEvent, tuple[_Hook, ...]] = {}
-        self._hooks: dict[str, _Hook] = {}
+    def __init__(self, max_workers: int = 4, enable_async: bool = True) -> None:
+        if not isinstance(max_workers, int) or isinstance(max_workers, bool) or max_workers < 1:
+            raise HookRegistrationError(f"max_workers must be an integer of at least 1, not {max_workers!r}")
+        self.listening: dict[HookEvent, tuple[Hook, ...]] = {}
+        self._hooks: dict[str, Hook] = {}
+        self._pool = Pool(max_workers)
+        self._later = Pool(1)
+        self._has_pool = enable_async
         self._lock = threading.RLock()
         renew_in_child(self, "_lock", threading.RLock)
 
     def register_hook(
         self,
-        name: str | BaseHook,
+        name: str | BaseHook | Handler,
         handler: Handler | None = None,
         events: Iterable[HookEvent | str] | None = None,
         priority: int = HookPriority.NORMAL,
+        timeout: float | None = None,
+        async_execution: bool = False,
         error_handler: ErrorHandler | None = None,
         **metadata: Any,
     ) -> None:
-        """Register a function, or a hook object, which brings its own name, events and priority.
+        """Register a hook.
+
+        A plain handler runs in the thread in which the event happens. An ``async def`` handler runs on an event loop of
+        the engine's, and one with a timeout in another thread; the event waits for both, in their order. A handler with
+        ``async_execution`` runs in the background: the event goes on, and can neither be vetoed nor learn the result.
 
         Args:
-            name: unique text, or a ``BaseHook``.
+            name: unique text; or, alone, a ``BaseHook``, a function decorated with ``hook_handler``, or the name of a
+                hook that an installed package brings (entry points ``model_checkpoint.hooks``).
             handler: called with a ``HookContext``; see ``BaseHook.execute`` for what it may return.
             events: when it runs: ``HookEvent`` members or their values.
             priority: the lower runs first; within one priority, the order of registration.
+            timeout: seconds that the handler may take. Then it has failed, and nobody waits for it any more; after
+                three times in a row the hook is disabled. The thread in which it goes on cannot be stopped; a coroutine
+                is cancelled. None waits for as long as it takes.
+            async_execution: whether it runs in the background.
             error_handler: called with the exception and the context when the handler fails.
             **metadata: handed to the handler as ``context.metadata``.
 
@@ -71,29 +103,14 @@ class HookManager:
             HookRegistrationError: a name that is taken, a handler that cannot be called with one argument, an unknown
                 event; the text names the hook and the argument.
         """
-        if isinstance(name, BaseHook):
-            hook = name
-            if not hasattr(hook, "name"):
-                raise HookRegistrationError(f"hook {type(hook).__name__}: its __init__ must call super().__init__()")
-            if handler is not None or events is not None:
-                raise HookRegistrationError(f"hook {hook.name!r}: a hook object brings its own handler and events")
-            name, handler, events, priority = hook.name, hook.execute, hook.events, hook.priority
-        if not isinstance(name, str):
-            raise HookRegistrationError(f"hook {name!r}: name must be text or an instance of BaseHook")
-        unknown = sorted(metadata.keys() & _NOT_YET)
-        if unknown:
-            raise HookRegistrationError(f"hook {name!r}: {unknown[0]} is not supported; handlers run in the caller")
-        if error_handler is not None and not callable(error_handler):
-            raise HookRegistrationError(f"hook {name!r}: error_handler must be callable, not {error_handler!r}")
-        if not isinstance(priority, int):
-            raise HookRegistrationError(f"hook {name!r}: priority must be an integer, not {priority!r}")
-        made = _Hook(
-            name, _check_handler(name, handler), _check_events(name, events), int(priority), error_handler, metadata
-        )
+        options = Options(priority, timeout, async_execution, error_handler, metadata)
+        made = hook_of(name, handler, events, options, self._has_pool)
         with self._lock:
-            if name in self._hooks:
-                raise HookRegistrationError(f"hook {name!r}: the name is taken; unregister that hook or choose another")
-            self._hooks[name] = made
+            if made.name in self._hooks:
+                raise HookRegistrationError(
+                    f"hook {made.name!r}: the name is taken; unregister that hook or choose another"
+                )
+            self._hooks[made.name] = made
             self._order()
 
     def unregister_hook(self, name: str) -> bool:
@@ -113,16 +130,17 @@ class HookManager:
 
     def _set_enabled(self, name: str, enabled: bool) -> bool:
         with self._lock:
-            if name in self._hooks:
-                self._hooks[name].enabled = enabled
+            hook = self._hooks.get(name)
+            if hook is not None:
+                hook.enabled, hook.timeouts = enabled, 0
                 self._order()
-            return name in self._hooks
+            return hook is not None
 
     def _order(self) -> None:
-        ordered = sorted((h for h in self._hooks.values() if h.enabled), key=lambda h: h.priority)  # stable
-        made: dict[HookEvent, tuple[_Hook, ...]] = {}
+        ordered = sorted((h for h in self._hooks.values() if h.enabled), key=lambda h: h.options.priority)  # stable
+        made: dict[HookEvent, tuple[Hook, ...]] = {}
         for hook in ordered:
-            for event in hook.events:
+            for event in hook.handlers:
                 made[event] = (*made.get(event, ()), hook)
         self.listening = made  # replaced whole, so that a firing under way keeps the one it started with
 
@@ -133,7 +151,7 @@ class HookManager:
         data: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> HookResult:
-        """Run the hooks of ``event`` in the calling thread, in their order, until one vetoes.
+        """Run the hooks of ``event`` in their order, until one vetoes.
 
         Args:
             event: what happens, a ``HookEvent`` or its value.
@@ -143,36 +161,182 @@ class HookManager:
 
         Returns:
             What came of it. A handler's exception is in ``errors``, logged, and goes no further.
+
+        Raises:
+            KeyboardInterrupt: the user pressed Ctrl-C while a handler ran; the handlers after it have run.
         """
-        result = HookResult()
-        event = HookEvent(event)
-        hooks = self.listening.get(event, ())
-        if not hooks:
-            return result
+        if type(event) is not HookEvent:
+            event = HookEvent(event)
+        if event not in self.listening:
+            return HookResult()
         if context is None:
             ids = {key: more.pop(key, None) for key in ("checkpoint_id", "experiment_id")}
             context = HookContext(event, {**(data or {}), **more}, **ids)
-        for hook in hooks:
-            if not _run(hook, context, result):
-                result.success = False
-                break
+        result = self.run_hooks(event, context)
+        interrupt = interrupt_of(result)
+        if interrupt is not None:
+            raise interrupt
         return result
 
+    def run_hooks(self, event: HookEvent, context: HookContext) -> HookResult:
+        """Run the hooks of ``event`` as ``fire_hook`` does, but raise nothing: see ``interrupt_of``."""
+        result = HookResult()
+        inside = _inside.set(True)
+        try:
+            for hook in self.listening.get(event, ()):
+                if hook.options.async_execution:
+                    self._run_in_background(hook, event, context.copy())
+                    continue
+                self._run(hook, event, context, result)
+                if hook.timeouts:
+                    context = context.copy()  # it may go on, and change what it was given
+                if result.stopped_by is not None:
+                    result.success = False
+                    break
+        finally:
+            _inside.reset(inside)
+        return result
+
+    def fire_later(self, event: HookEvent, data: Mapping[str, Any], experiment_id: str | None = None) -> None:
+        """Run the hooks of ``event`` in a thread for that, where the caller must not wait or holds locks.
+
+        Events that come this way stay in their order. Where handlers are slower than their events, those of which a
+        thousand wait are dropped with a warning.
+        """
+        if event not in self.listening or event in _reporting.get():
+            return
+        context = HookContext(event, dict(data), None, experiment_id)
+        if not self._later.submit(partial(self._run_report, event, context)):
+            log.warning("%s: its hooks are slower than the events; one was dropped", event.value)
+
+    def _run_report(self, event: HookEvent, context: HookContext) -> None:
+        reporting = _reporting.set(_reporting.get() | {event})
+        try:
+            self.run_hooks(event, context)
+        finally:
+            _reporting.reset(reporting)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until no handler runs in the background; returns whether it came to that within ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._later.wait(timeout) and self._pool.wait(
+            None if deadline is None else max(0.0, deadline - time.monotonic())
+        )
+
+    def _run_in_background(self, hook: Hook, event: HookEvent, context: HookContext) -> None:
+        reported = _reporting.get()
+
+        def job() -> None:
+            _inside.set(True)
+            _reporting.set(reported)
+            self._run(hook, event, context, HookResult())
+
+        if not self._pool.submit(job):
+            hook.calls += 1
+            hook.failures += 1
+            log.error("hook %r: not run at %s, as too many wait for a thread", hook.name, event.value)
+
+    def _run(self, hook: Hook, event: HookEvent, context: HookContext, result: HookResult) -> None:
+        context.metadata = dict(hook.options.metadata)
+        start = time.perf_counter()
+        hook.calls += 1
+        try:
+            returned = self._call(hook.handlers[event], context, hook.options.timeout)
+        except BaseException as error:  # noqa: BLE001 - reported below
+            failure: BaseException | None = error
+        else:
+            failure, hook.timeouts = None, 0
+        spent = time.perf_counter() - start
+        hook.total += spent
+        hook.shortest = spent if spent < hook.shortest else hook.shortest
+        hook.longest = spent if spent > hook.longest else hook.longest
+        if failure is not None:
+            result.success = False
+            result.errors[hook.name] = failure
+            self._report(hook, failure, context)
+            _forget_frames(failure)
+            return
+        result.results[hook.name] = returned
+        if returned is not None and returned is not True and event.can_be_vetoed:
+            told = returned if isinstance(returned, dict) else {"continue": returned}
+            if _is_false(told.get("continue")):
+                result.stopped_by, result.reason = hook.name, told.get("reason")
+
+    def _call(self, handler: Handler, context: HookContext, timeout: float | None) -> Any:
+        """Call a handler where it belongs, and return what it returns."""
+        if timeout is not None and not is_async(handler):
+            returned = call_elsewhere(partial(handler, context), timeout)
+        else:
+            returned = handler(context)
+        if not inspect.iscoroutine(returned):
+            return returned
+        if not self._has_pool:
+            returned.close()
+            raise TypeError("the handler returned a coroutine, and this manager has enable_async=False")
+        return await_elsewhere(returned, timeout)
+
+    def _report(self, hook: Hook, error: BaseException, context: HookContext) -> None:
+        """Log the failure once, count it, and tell whom the hook names and who listens to ON_ERROR."""
+        hook.failures += 1
+        if _interrupt(error) is None:
+            text = "hook %r failed at %s; what it watches goes on"
+            log.error(text, hook.name, context.event.value, exc_info=error)
+        hook.timeouts = hook.timeouts + 1 if isinstance(error, HookTimeoutError) else 0
+        if hook.timeouts >= _MOST_TIMEOUTS:
+            text = "hook %r is disabled: it took too long %d times in a row; enable_hook(%r) lets it run again"
+            log.error(text, hook.name, hook.timeouts, hook.name)
+            self.disable_hook(hook.name)
+        if hook.options.error_handler is not None:
+            try:
+                hook.options.error_handler(error, context)
+            except Exception:
+                log.exception("the error handler of hook %r failed too", hook.name)
+        self.report_error("hook", error, context.experiment_id, hook=hook.name, event=context.event.value)
+
+    def report_error(
+        self,
+        source: str,
+        error: BaseException,
+        experiment_id: str | None,
+        hook: str | None = None,
+        event: str | None = None,
+    ) -> None:
+        """Fire ON_ERROR for an error that goes no further; one within a handler of ON_ERROR is only logged.
+
+        Args:
+            source: what failed.
+            error: how.
+            experiment_id: whose.
+            hook, event: whose it is, and at which event, of a hook's.
+        """
+        if HookEvent.ON_ERROR not in self.listening or HookEvent.ON_ERROR in _reporting.get():
+            return
+        told = {"source": source, "error": str(error), "error_type": type(error).__name__, "hook": hook, "event": event}
+        told["traceback"] = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self._run_report(HookEvent.ON_ERROR, HookContext(HookEvent.ON_ERROR, told, None, experiment_id))
+
     def list_hooks(self, event: HookEvent | None = None) -> list[dict[str, Any]]:
-        """Return name, events, priority, enabled, calls, failures and metadata of the hooks, of one event or all."""
+        """Return what is registered, of one event or all, in the order in which it runs.
+
+        Returns:
+            Dicts with ``name``, ``events``, ``priority``, ``timeout``, ``async_execution``, ``enabled``, ``calls``,
+            ``failures`` and ``metadata``.
+        """
         with self._lock:
-            chosen = [h for h in self._hooks.values() if event is None or event in h.events]
+            chosen = [h for h in self._hooks.values() if event is None or event in h.handlers]
             return [
                 {
                     "name": hook.name,
-                    "events": [e.value for e in hook.events],
-                    "priority": hook.priority,
+                    "events": hook.events,
+                    "priority": int(hook.options.priority),
+                    "timeout": hook.options.timeout,
+                    "async_execution": hook.options.async_execution,
                     "enabled": hook.enabled,
                     "calls": hook.calls,
                     "failures": hook.failures,
-                    "metadata": dict(hook.metadata),
+                    "metadata": dict(hook.options.metadata),
                 }
-                for hook in sorted(chosen, key=lambda h: h.priority)
+                for hook in sorted(chosen, key=lambda h: h.options.priority)
             ]
 
     def get_performance_stats(self, name: str | None = None) -> dict[str, Any]:
@@ -193,35 +357,28 @@ class HookManager:
             return _stats(self._hooks[name])
 
 
-def _run(hook: _Hook, context: HookContext, result: HookResult) -> bool:
-    context.metadata = dict(hook.metadata)
-    start = time.perf_counter()
-    hook.calls += 1
-    try:
-        returned = hook.handler(context)
-        if inspect.iscoroutine(returned):
-            returned.close()
-            raise TypeError("the handler returned a coroutine, which nobody awaits; make it a plain function")
-    except KeyboardInterrupt:
-        raise  # the user's, not the hook's
-    except BaseException as error:
-        hook.failures += 1
-        result.success = False
-        result.errors[hook.name] = error
-        log.exception("hook %r failed at %s; what it watches goes on", hook.name, context.event.value)
-        _tell(hook, error, context)
-        return True
-    finally:
-        spent = time.perf_counter() - start
-        times = hook.times
-        times.update(total=times["total"] + spent, min=min(times["min"], spent), max=max(times["max"], spent))
-    result.results[hook.name] = returned
-    vetoed = _is_false(returned.get("continue") if isinstance(returned, dict) else returned)
-    if vetoed and context.event.can_be_vetoed:
-        result.stopped_by = hook.name
-        result.reason = returned.get("reason") if isinstance(returned, dict) else None
-        return False
-    return True
+def interrupt_of(result: HookResult) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C that came while a handler ran: it is the user's, not the hook's."""
+    return next((error for error in map(_interrupt, result.errors.values()) if error is not None), None)
+
+
+def _interrupt(error: BaseException) -> KeyboardInterrupt | None:
+    """Return it if it is the user's Ctrl-C, as far as one can tell: that comes to the main thread."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return error if in_main and isinstance(error, KeyboardInterrupt) else None
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Drop the traceback of an error that was reported, and those of its causes.
+
+    Their frames, and by way of these the callers', would keep each other, the result and the handler's arrays alive.
+    """
+    left: list[BaseException | None] = [error]
+    while left:
+        each = left.pop()
+        if each is not None and each.__traceback__ is not None and _interrupt(each) is None:
+            each.__traceback__ = None
+            left += [each.__cause__, each.__context__]
 
 
 def _is_false(value: Any) -> bool:
@@ -230,48 +387,12 @@ def _is_false(value: Any) -> bool:
     return found is False
 
 
-def _tell(hook: _Hook, error: BaseException, context: HookContext) -> None:
-    if hook.error_handler is None:
-        return
-    try:
-        hook.error_handler(error, context)
-    except Exception:
-        log.exception("the error handler of hook %r failed too", hook.name)
-
-
-def _stats(hook: _Hook) -> dict[str, Any]:
+def _stats(hook: Hook) -> dict[str, Any]:
     return {
         "total_calls": hook.calls,
         "successful_calls": hook.calls - hook.failures,
         "failed_calls": hook.failures,
-        "min_time": hook.times["min"] if hook.calls else 0.0,
-        "avg_time": hook.times["total"] / hook.calls if hook.calls else 0.0,
-        "max_time": hook.times["max"],
+        "min_time": hook.shortest if hook.calls else 0.0,
+        "avg_time": hook.total / hook.calls if hook.calls else 0.0,
+        "max_time": hook.longest,
     }
-
-
-def _check_events(name: str, events: Iterable[HookEvent | str] | None) -> tuple[HookEvent, ...]:
-    if not isinstance(events, Iterable) or isinstance(events, str):
-        raise HookRegistrationError(f"hook {name!r}: events must be a list of HookEvent, not {events!r}")
-    try:
-        known = tuple(dict.fromkeys(HookEvent(event) for event in events))
-    except ValueError as error:
-        names = ", ".join(e.name for e in HookEvent)
-        raise HookRegistrationError(f"hook {name!r}: events has an unknown one ({error}); known: {names}") from None
-    if not known:
-        raise HookRegistrationError(f"hook {name!r}: events is empty, it would never run")
-    return known
-
-
-def _check_handler(name: str, handler: Handler | None) -> Handler:
-    if not callable(handler) or isinstance(handler, type):
-        raise HookRegistrationError(f"hook {name!r}: handler must be a function or callable object, not {handler!r}")
-    if inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__):
-        raise HookRegistrationError(f"hook {name!r}: handler must be a plain function, not async")
-    try:
-        inspect.signature(handler).bind(None)
-    except TypeError as error:
-        raise HookRegistrationError(f"hook {name!r}: handler must take one argument, the context ({error})") from None
-    except ValueError:
-        pass  # a builtin without a signature: nothing to check
-    return handler

@@ -13,6 +13,7 @@ from typing import Any
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import DatabaseError, ModelCheckpointError, Preempted
 from model_checkpoint.performance.batched_writer import BatchedWriter
+from model_checkpoint.tracking.events import RunEvents
 from model_checkpoint.tracking.metric_log import MetricLog
 from model_checkpoint.tracking.recording import Recording
 
@@ -72,7 +73,7 @@ class Held:
         recording, writer, metrics: its own.
         database: the connection.
         owned: whether that is its own, too.
-        experiment_id: its run.
+        events: of its run.
 
     Attributes:
         status: how the run ended; None while it goes on.
@@ -85,14 +86,15 @@ class Held:
         metrics: MetricLog,
         database: EnhancedDatabaseConnection,
         owned: bool,
-        experiment_id: str,
+        events: RunEvents,
     ) -> None:
         self._recording = recording
         self._writer = writer
         self._metrics = metrics
         self._database = database
         self._owned = owned
-        self._experiment_id = experiment_id
+        self._events = events
+        self._experiment_id = events.experiment_id
         self._process = os.getpid()
         self._lender: Held | None = None
         self.status: str | None = None
@@ -120,6 +122,7 @@ class Held:
             self._writer.flush()
             if status is not None:
                 self.conclude(status)
+            self._events.ended()
         finally:
             self.let_go()
 
@@ -142,6 +145,7 @@ class Held:
                 self._database.experiments.conclude([self._experiment_id], status, over)
             except DatabaseError as error:
                 log.warning("a run ended as %s, which the database could not note: %s", status, error)
+            self._events.status_changed(status)
 
     def _close(self) -> None:
         self._metrics.close()

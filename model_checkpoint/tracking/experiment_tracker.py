@@ -19,11 +19,13 @@ from model_checkpoint.errors import (
     ExperimentNotFoundError,
     UnsupportedValueError,
 )
+from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.performance.batched_writer import BatchedWriter
-from model_checkpoint.tracking.arguments import check_lengths, described, plain_mapping, plain_tags
+from model_checkpoint.tracking.arguments import check_lengths, described
 from model_checkpoint.tracking.capture import Capture, at_once, in_force
 from model_checkpoint.tracking.closing import Held, status_after
-from model_checkpoint.tracking.experiment_reader import ExperimentReader
+from model_checkpoint.tracking.description import ExperimentDescription
+from model_checkpoint.tracking.events import RunEvents, hooks_of
 from model_checkpoint.tracking.history import to_columns
 from model_checkpoint.tracking.metric_log import MetricLog, replay_left_behind
 from model_checkpoint.tracking.recording import Recording
@@ -34,7 +36,7 @@ _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
 STATUSES = ("running", "completed", "failed", "interrupted")
 
 
-class ExperimentTracker(ExperimentReader):
+class ExperimentTracker(ExperimentDescription):
     """Tracks one experiment; safe to use from many threads.
 
     Metrics are buffered: ``log_metric`` returns at once and a thread writes within half a second. Use it in a ``with``
@@ -53,10 +55,13 @@ class ExperimentTracker(ExperimentReader):
         metadata: name -> any JSON value.
         capture: what is noted of the code and the machine, see ``captured``; None is everything. It is complete within
             seconds. ``child`` and ``fork_from`` note nothing.
+        hook_manager: hooks that are there before it starts; new ones when None.
 
     Attributes:
         experiment_id: UUID text.
         database: the connection, which a manager made with this tracker shares.
+        hook_manager: the hooks of this run, which it shares, too, and so do trackers that ``child`` and ``fork_from``
+            make. Events of metrics, thresholds and the database come in a thread of the engine's.
 
     Raises:
         UnsupportedValueError: a part of config, tags or metadata that cannot be stored; the text names its path.
@@ -75,11 +80,13 @@ class ExperimentTracker(ExperimentReader):
         parent: ExperimentTracker | str | None = None,
         metadata: Mapping[str, Any] | None = None,
         capture: Capture | None = None,
+        hook_manager: HookManager | None = None,
     ) -> None:
         wanted = in_force(capture)
         experiment = described(experiment_name, project_name, tags, config, metadata)
         parent_id = parent.experiment_id if isinstance(parent, ExperimentTracker) else parent
         found = at_once(wanted) if wanted.stores else None
+        self.hook_manager = hooks_of(hook_manager)
         self._begin(EnhancedDatabaseConnection(database_url), replace(experiment, parent_id=parent_id), found)
         self._recording.begin(wanted, found, self._log_system)
 
@@ -100,6 +107,7 @@ class ExperimentTracker(ExperimentReader):
                 database.close()
             raise
         self._open(database, experiment, owned)
+        self._events.started(experiment, resumed=False)
 
     def child(
         self,
@@ -146,6 +154,7 @@ class ExperimentTracker(ExperimentReader):
         forked_from: str | None = None,
     ) -> ExperimentTracker:
         made = type(self).__new__(type(self))
+        made.hook_manager = self.hook_manager
         experiment = described(name, self.project_name, tags, config, metadata)
         made._begin(self.database, replace(experiment, parent_id=parent_id, forked_from=forked_from), owned=False)
         made._lender = self
@@ -160,6 +169,7 @@ class ExperimentTracker(ExperimentReader):
         *,
         at_checkpoint: str | None = None,
         capture: Capture | None = None,
+        hook_manager: HookManager | None = None,
     ) -> ExperimentTracker:
         """Go on with an experiment that was started before, here or elsewhere; its status is ``running`` again.
 
@@ -171,6 +181,7 @@ class ExperimentTracker(ExperimentReader):
                 attempt, the metrics up to it come back.
             capture: as for the constructor. The command and the host are added to what was captured at the start, as
                 an entry of its list ``resumed``; where nothing was, nothing is.
+            hook_manager: as for the constructor.
 
         Raises:
             ExperimentNotFoundError: it is not in the database.
@@ -189,7 +200,9 @@ class ExperimentTracker(ExperimentReader):
             database.close()
             raise
         tracker = cls.__new__(cls)
+        tracker.hook_manager = hooks_of(hook_manager)
         tracker._open(database, experiment)
+        tracker._events.started(experiment, resumed=True)
         try:
             if at_checkpoint is not None:
                 tracker._rewind(at_checkpoint)
@@ -217,7 +230,10 @@ class ExperimentTracker(ExperimentReader):
         self._names: set[str] = set()  # metric names that were found good
         if not database.in_memory:
             replay_left_behind(database)
-        metrics = MetricLog(database, experiment.id)
+        self._events = RunEvents(self.hook_manager, experiment, database)
+        if owned:
+            database.on_error(self._events.database_failed)
+        metrics = MetricLog(database, experiment.id, self._events.collected)
         self._writer: BatchedWriter[Logged] = BatchedWriter(metrics.write)
         metrics.pending = self._writer.pending
         self._tally = metrics.tally
@@ -225,7 +241,7 @@ class ExperimentTracker(ExperimentReader):
         self.spooled = metrics.spooled
         self._recording = Recording(database, experiment.id)
         # Also when nobody closes the tracker: at interpreter exit, and when the last reference to it goes.
-        self._held = Held(self._recording, self._writer, metrics, database, owned, experiment.id)
+        self._held = Held(self._recording, self._writer, metrics, database, owned, self._events)
         self._finish = weakref.finalize(self, self._held.let_go_of_abandoned)
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
@@ -245,6 +261,8 @@ class ExperimentTracker(ExperimentReader):
             self._names.add(short_text(name, "metric name", self.database.max_name))
         if type(value) is not float:
             value = to_number(value, f"metrics.{name}")
+        if HookEvent.BEFORE_METRIC_COLLECTION in self.hook_manager.listening:
+            self._events.collecting({name: value}, step)
         self._writer.put((name, value, None if step is None else to_step(step), time.time()))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -258,12 +276,13 @@ class ExperimentTracker(ExperimentReader):
         for name in metrics:
             if name not in self._names:
                 self._names.add(short_text(name, "metric name", self.database.max_name))
-        self._writer.extend(
-            [
-                (name, value if type(value) is float else to_number(value, f"metrics.{name}"), where, at)
-                for name, value in metrics.items()
-            ]
-        )
+        points = [
+            (name, value if type(value) is float else to_number(value, f"metrics.{name}"), where, at)
+            for name, value in metrics.items()
+        ]
+        if HookEvent.BEFORE_METRIC_COLLECTION in self.hook_manager.listening:
+            self._events.collecting({name: value for name, value, *_ in points}, where)
+        self._writer.extend(points)
 
     def log_arrays(self, name: str, values: Any, steps: Any = None) -> None:
         """Log many values of one metric at once.
@@ -280,8 +299,22 @@ class ExperimentTracker(ExperimentReader):
             raise self._closed()
         columns = to_columns(values, steps, time.time(), f"metrics.{name}")
         self._names.add(short_text(name, "metric name", self.database.max_name))
+        if HookEvent.BEFORE_METRIC_COLLECTION in self.hook_manager.listening:
+            self._events.collecting({name: columns.values.tolist()}, None)
         for start in range(0, len(columns), _AT_ONCE):
             self._writer.put((name, columns[start : start + _AT_ONCE]))
+
+    def watch_metric(self, name: str, *, above: float | None = None, below: float | None = None) -> None:
+        """Fire ON_METRIC_THRESHOLD when values of a metric go beyond a threshold, once until one is within again.
+
+        Args:
+            name: the metric. It is looked at when its points are stored, within half a second.
+            above, below: the thresholds; at least one. NaN is beyond any.
+
+        Raises:
+            ConfigurationError: no threshold is given, or one is no number.
+        """
+        self._events.watch(name, above, below)
 
     def _log_system(self, sample: Mapping[str, float]) -> None:
         at = time.time()
@@ -291,42 +324,6 @@ class ExperimentTracker(ExperimentReader):
         return DatabaseError(
             f"tracker of {self.experiment_name!r} was closed; ExperimentTracker.resume() goes on with it"
         )
-
-    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Merge ``values`` into the config; names that exist are replaced.
-
-        Raises:
-            UnsupportedValueError: a part that cannot be stored; the text names its path.
-        """
-        self.database.experiments.update_config(self.experiment_id, plain_mapping(values, "config"))
-        self.version += 1
-
-    def add_tags(self, tags: Any) -> None:
-        """Add tags, a list of JSON values or a single one; those that are there already stay where they are."""
-        new = plain_tags(tags)
-        check_lengths(self.database, new)
-        self.database.experiments.add_tags(self.experiment_id, new)
-        self.version += 1
-
-    def update_metadata(self, values: Mapping[str, Any]) -> None:
-        """Merge ``values`` into the metadata; names that exist are replaced.
-
-        Raises:
-            UnsupportedValueError: a part that cannot be stored; the text names its path.
-        """
-        self.database.experiments.update_metadata(self.experiment_id, plain_mapping(values, "metadata"))
-
-    def describe_project(self, tags: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
-        """Add tags to the project of this experiment and merge into its metadata; see ``Queries.projects``.
-
-        Raises:
-            ConfigurationError: the experiment is in no project.
-            UnsupportedValueError: a part that cannot be stored; the text names its path.
-        """
-        if self.project_name is None:
-            raise ConfigurationError(f"{self!r} is in no project; give it a project_name when it is made")
-        new, merged = plain_tags(tags), plain_mapping(metadata, "metadata")
-        self.database.experiments.describe_project(self.project_name, new, merged)
 
     def set_status(self, status: str) -> None:
         """Set the status: ``running``, ``completed``, ``failed`` or ``interrupted``.
@@ -338,6 +335,7 @@ class ExperimentTracker(ExperimentReader):
             raise ConfigurationError(f"status {status!r} is unknown; use one of {', '.join(STATUSES)}")
         self.database.experiments.set_status(self.experiment_id, status)
         self._held.status = None if status == "running" else status
+        self._events.status_changed(status)
 
     def get_performance_statistics(self) -> dict[str, float]:
         """Return what this tracker did, in this process.
@@ -374,6 +372,7 @@ class ExperimentTracker(ExperimentReader):
 
     def _let_go(self) -> None:
         self._ended = True
+        self._events.ended()
         self._finish.detach()
         self._held.let_go()
 

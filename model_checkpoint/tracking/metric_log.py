@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.overdue import Overdue
 
 log = logging.getLogger(__name__)
+Collected = Callable[[Mapping[str, Columns], bool], object]
 _overdue = Overdue(0.5)  # seconds that the database has for a batch before the spool has it, too
 _WORK = 2e-6  # seconds a point that storing a batch may take before it counts as waiting
 _SHORT = 1.0  # seconds; an error that took longer to come was one of waiting, and would take as long again
@@ -43,6 +44,7 @@ class MetricLog:
     Args:
         database: where to.
         experiment_id: whose metrics these are.
+        collected: called with each batch that is safe, and whether by the spool; must neither wait nor raise.
 
     Attributes:
         pending: what waits to be written; whoever collects it sets it. What is spooled from behind a batch that waits
@@ -51,8 +53,9 @@ class MetricLog:
         tally: what was stored, and how long it took.
     """
 
-    def __init__(self, database: EnhancedDatabaseConnection, experiment_id: str) -> None:
+    def __init__(self, database: EnhancedDatabaseConnection, experiment_id: str, collected: Collected) -> None:
         self._database = database
+        self._collected = collected
         self._experiment_id = experiment_id
         self.pending: list[Logged] = []
         self.spooled: list[int] = []
@@ -101,12 +104,14 @@ class MetricLog:
         except DatabaseError as error:
             if batch:
                 self._put_aside(batch, error)
+                self._collected(batch, True)
                 if urgent and time.perf_counter() - started < _SHORT:
                     self._try_again(len(logged))
         else:
             if batch:
                 points, took = sum(map(len, batch.values())), time.perf_counter() - started
                 self.tally.count(self._experiment_id, flushes=1, points=points, flush_seconds=took)
+                self._collected(batch, False)
             self._forget(self._number)
             if self._spool:  # what came while this batch waited
                 self._try_again(len(logged))
@@ -193,6 +198,7 @@ class MetricLog:
                     self._aside.append(self._kept)
                     self.spooled.append(sum(map(len, later.values())))
                     del self.pending[count : count + len(rows)]
+                    self._collected(later, True)
         except OSError as error:
             log.warning("the database takes long, and %s does not take metrics meanwhile: %s", self._spool.path, error)
 

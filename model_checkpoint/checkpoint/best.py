@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import ConfigurationError
-
-MINIMISED = ("loss", "error", "perplexity", "mae", "mse", "rmse", "wer", "cer")
+from model_checkpoint.utils.criteria import MINIMISED
 
 
 def direction(criterion: str, overrides: Mapping[str, str]) -> str:

@@ -60,14 +60,18 @@ class _Call(NamedTuple):
         record, details: what the user gave.
         experiment: what manifests tell of the experiment.
         hashed: whether to compute digests.
+        started: when it was called, of ``time.perf_counter``.
         position: how many metric points there were; None: as many as there are at the commit.
+        stall: seconds for which its caller was held up, once they are known; None where that waits for it to end.
     """
 
     record: CheckpointRecord
     details: Mapping[str, Any]
     experiment: Mapping[str, Any]
     hashed: bool
+    started: float
     position: int | None = None
+    stall: list[float] | None = None
 
 
 class EnhancedCheckpointManager(ManagerLifecycle):
@@ -253,9 +257,10 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         state, details = encode(dict(zip(_COMPONENTS, wanted))), details_of(record)
         if self.hook_manager is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in self.hook_manager.listening:
             self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
-        call = _Call(record, details, self._experiments[record.experiment_id][1], compute_checksum and self._integrity)
+        known = self._experiments[record.experiment_id][1]
+        call = _Call(record, details, known, compute_checksum and self._integrity, started)
         if background:
-            self._submit(call, state, started)
+            self._submit(call, state)
         else:
             if self._queue.jobs:  # of a hook, or of another thread
                 self._take_turn(background)
@@ -279,15 +284,17 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         if not self._must_save():  # asked after the wait: the signal may have come meanwhile
             self._queue.raise_failure()
 
-    def _submit(self, call: _Call, state: EncodedState, started: float) -> None:
+    def _submit(self, call: _Call, state: EncodedState) -> None:
         """Copy the state and hand it to the background."""
         behind = 0
         if self._tracker is not None and (self._tracker.unflushed or self._tracker.spooled):
             self._tracker.flush()
             behind = sum(self._tracker.spooled)
-        call = call._replace(position=self._db.experiments.position(call.record.experiment_id) + behind)
+        stall: list[float] = []
+        call = call._replace(position=self._db.experiments.position(call.record.experiment_id) + behind, stall=stall)
         self._queue.submit(call.record.id, lambda buffer: buffer.take(state, self._threads), partial(self._save, call))
-        self._tally.count(call.record.experiment_id, stall_seconds=time.perf_counter() - started)
+        stall.append(time.perf_counter() - call.started)
+        self._tally.count(call.record.experiment_id, stall_seconds=stall[0])
 
     def _save(self, call: _Call, state: EncodedState) -> None:
         """Make a checkpoint of a state that does not change meanwhile, in whatever thread."""
@@ -323,7 +330,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             self._tally.laps[key, "save_seconds"].append(value)
             self._tally.counts[key, "save_seconds"] += 1
         if hooks is not None and not AFTER_SAVE.isdisjoint(hooks.listening):
-            self._tell_saved(record, taken)
+            self._tell_saved(record, taken, call.stall[0] if call.stall else time.perf_counter() - call.started)
         advised = hooks is not None and HookEvent.BEFORE_RETENTION in hooks.listening
         excess = self._max_checkpoints is not None and count > self._max_checkpoints
         if excess or advised or self._policy is not None:

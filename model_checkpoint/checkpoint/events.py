@@ -52,8 +52,8 @@ class CheckpointEvents:
             raise HookVetoError(result.stopped_by, event.value, result.reason)
         return result.results
 
-    def _tell_saved(self, record: CheckpointRecord, taken: Mapping[str, float]) -> None:
-        told = {**payload(record), "size": record.size, "best": sorted(taken)}
+    def _tell_saved(self, record: CheckpointRecord, taken: Mapping[str, float], blocked: float) -> None:
+        told = {**payload(record), "size": record.size, "best": sorted(taken), "blocked_seconds": blocked}
         self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, told, record.id, record.experiment_id)
         if taken:
             self._tell_best(record, record.experiment_id, dict(taken), "saved")

@@ -90,8 +90,9 @@ class CheckpointRemoval(CheckpointCatalog):
     def _retain(self, experiment_id: str) -> None:
         """Carry out the retention plan after a save; what another process is using is left to the next pass."""
         try:
-            policy = self._policy_now(experiment_id)
-            doomed = [i for i in self._plan(experiment_id, policy).removed if self._may_go(experiment_id, i) is None]
+            policy, kept = self._advice(experiment_id)
+            doomed = [i for i in self._plan(experiment_id, policy).removed if i not in kept]
+            doomed = [i for i in doomed if self._may_go(experiment_id, i) is None]
             gone: list[tuple[CheckpointRecord, str]] = []
             if doomed:
                 with self._directory.exclusive(_RETENTION_PATIENCE):
@@ -111,15 +112,20 @@ class CheckpointRemoval(CheckpointCatalog):
         told = {"removed": {r.id: why for r, why in gone}, "reclaimed": sum(r.size for r, _ in gone)}
         self._fire(HookEvent.AFTER_RETENTION, told, None, experiment_id)
 
-    def _policy_now(self, experiment_id: str) -> RetentionPolicy | None:
-        """Return the policy of a pass: what BEFORE_RETENTION hooks advise together, else the manager's own."""
+    def _advice(self, experiment_id: str) -> tuple[RetentionPolicy | None, set[str]]:
+        """Return the policy of a pass, what BEFORE_RETENTION hooks advise together or else the manager's own.
+
+        Returns:
+            It, and the ids of checkpoints that stay besides, as hooks say.
+        """
         if self.hook_manager is None or HookEvent.BEFORE_RETENTION not in self.hook_manager.listening:
-            return self._policy
+            return self._policy, set()
         plan = self._plan(experiment_id, self._policy)
         told = {"removed": plan.removed, "kept": plan.kept}
         answers = self._fire(HookEvent.BEFORE_RETENTION, told, None, experiment_id)
-        advice = [a["retention_policy"] for a in answers.values() if isinstance(a, dict) and "retention_policy" in a]
-        return KeepAny(tuple(advice)) if advice else self._policy
+        advice = [answer for answer in answers.values() if isinstance(answer, dict)]
+        policies = tuple(each["retention_policy"] for each in advice if "retention_policy" in each)
+        return KeepAny(policies) if policies else self._policy, set().union(*(a.get("keep", ()) for a in advice))
 
     def _may_go(self, experiment_id: str, checkpoint_id: str) -> HookVetoError | None:
         """Ask the BEFORE hooks of a removal; return their veto or None."""

@@ -121,8 +121,10 @@ class CheckpointCatalog(CheckpointEvents):
         """Return the criterion behind ``best_metric``: the first of ``best_metrics``, else the first ever saved."""
         if self._best_metrics:
             return f"metrics.{next(iter(self._best_metrics))}"
-        seen = (c for c in self._db.checkpoints.holders(experiment_id) if c.startswith("metrics."))
-        return next(seen, "metrics.")
+        held = self._db.checkpoints.holders(experiment_id)
+        if not all(isinstance(criterion, str) for criterion in held):
+            raise DatabaseError(f"a best flag in {self._db!r} is damaged; rebuild_index() finds the best anew")
+        return next((criterion for criterion in held if criterion.startswith("metrics.")), "metrics.")
 
     def _criterion(self, experiment_id: str, checkpoint_type: str) -> str | None:
         if checkpoint_type in ("best_loss", "best_val_loss"):

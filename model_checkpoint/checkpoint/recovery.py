@@ -186,18 +186,17 @@ def _damaged(
 ) -> list[str]:
     """Return the committed checkpoints of which a file is missing or of another length; digests are for loading."""
 
-    def size(path: str) -> int:
+    def size(folder: str, name: str) -> int:
         try:
-            return os.stat(path, follow_symlinks=False).st_size
-        except (OSError, ValueError):  # the latter from a NUL in a damaged row
+            return os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
+        except (OSError, ValueError, TypeError):  # of a damaged row: a NUL in it, or a number
             return -1
 
     bad = []
     for checkpoint_id, files in sizes.items():
         if checkpoint_id in published:
             folder = directory.folder(published[checkpoint_id], checkpoint_id)
-            resized = any(size(os.path.join(folder, name)) != expected for name, expected in files.items())
-            if resized or size(os.path.join(folder, FILE_NAME)) <= 0:
+            if any(size(folder, name) != expected for name, expected in files.items()) or size(folder, FILE_NAME) <= 0:
                 bad.append(checkpoint_id)
     return bad
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,17 @@ def decode_details(details: Mapping[str, Any]) -> dict[str, Any]:
     return {**details, **scores, "metrics": metrics, "config": unescape(details["config"])}
 
 
-def record_of_row(row: Sequence[Any], best: Iterable[str]) -> CheckpointRecord:
-    """Return the record of the columns ``RECORD``, which holds the criteria ``best``."""
+def record_of_row(row: Sequence[Any], best: Collection[str]) -> CheckpointRecord:
+    """Return the record of the columns ``RECORD``, which holds the criteria ``best``.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: the row is damaged.
+    """
     check, details, plain = dict(zip(_CHECK, row)), row[len(_CHECK)], dict(zip(_COLUMNS, row[len(_CHECK) + 1 :]))
     plain["pinned"] = bool(plain["pinned"])
+    for text in (plain["id"], plain["experiment_id"], *best):
+        if not isinstance(text, str):  # a flipped bit can make a number of it
+            raise TypeError(f"{text!r} stands where text was")
     verification = None
     if check["verified_at"] is not None:
         verification = {**check, "verified": bool(check["verified"]), "files": json.loads(check["files"])}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
 import shutil
 import signal
+import sqlite3
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,7 @@ class Rows:
             given = {"epoch": epoch, "step": 77 * epoch, "loss": 1 / epoch, "metrics": {"f1": epoch / 7}}
             saved = store.save(state_of(epoch, 20), **given, config={"lr": epoch}, notes=f"note {epoch}")
             self.saved[saved] = {**given, "config": {"lr": epoch}}
+        store.manager.delete_checkpoint(store.save(state_of(9, 20), epoch=9))  # there is something in the trash, too
         store.manager.verify_experiment_integrity()
         store.close()
         self.path = folder / "experiments.db"
@@ -317,6 +320,52 @@ def test_a_row_that_an_index_leads_to_by_mistake_is_an_error_by_type(rows: Rows)
     for at, bit in [(match.start(), 6) for match in ids] + [(match.end(), bit) for match in ids for bit in (0, 1, 2)]:
         rows.place(rows.flipped(at, bit))
         assert list(rows.oversights(f"bit {bit} of byte {at} of the database")) == []
+
+
+TABLES = ("experiments", "stores", "checkpoints", "files", "best", "verifications", "tombstones", "scores")
+
+
+def put_number(path: Path, table: str, column: str, row: int) -> bool:
+    """Let a number stand where text was, as a flipped bit in the head of a row does; returns whether there was a row.
+
+    SQLite makes text of what is written to such a column, so for a moment the column says nothing of its type.
+    """
+
+    def change(*statements: tuple[str, Sequence[object]]) -> None:
+        with closing(sqlite3.connect(path)) as raw:  # anew: a schema is read once by each connection
+            for statement in statements:
+                raw.execute(*statement)
+            raw.commit()
+
+    with closing(sqlite3.connect(path)) as raw:
+        (schema,) = raw.execute("SELECT sql FROM sqlite_master WHERE name = ?", [table]).fetchone()
+        found = raw.execute(f"SELECT * FROM {table} LIMIT 1 OFFSET {row}")
+        names, values = [name for name, *_ in found.description], found.fetchone()
+    if values is None:
+        return False
+    opened = ("PRAGMA writable_schema = ON", ())
+    typeless = re.sub(rf"\b{column} TEXT\b", column, schema)
+    this_row = " AND ".join(f"{name} IS ?" for name in names)
+    change(opened, ("UPDATE sqlite_master SET sql = ? WHERE name = ?", [typeless, table]))
+    change((f"UPDATE {table} SET {column} = 5 WHERE {this_row}", values))
+    change(opened, ("UPDATE sqlite_master SET sql = ? WHERE name = ?", [schema, table]))
+    with closing(sqlite3.connect(path)) as raw:
+        assert raw.execute(f"SELECT COUNT(*) FROM {table} WHERE TYPEOF({column}) = 'integer'").fetchone() == (1,)
+    return True
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_number_where_text_was_is_an_error_by_type_or_changes_nothing_that_is_loaded(rows: Rows, table: str) -> None:
+    with closing(sqlite3.connect(rows.path)) as raw:
+        columns = [name for _, name, kind, *_ in raw.execute(f"PRAGMA table_info({table})") if kind == "TEXT"]
+    tried, found = 0, []
+    for column, row in itertools.product(columns, (0, 1)):
+        rows.place(rows.content)
+        if put_number(rows.path, table, column, row):
+            tried += 1
+            found += list(rows.oversights(f"{table}.{column} of row {row}"))
+    assert tried >= len(columns)
+    assert found == []
 
 
 def flips(rows: Rows, region: str, effort: Effort, chance: random.Random, tried: Tried) -> list[tuple[str, str]]:

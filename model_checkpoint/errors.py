@@ -200,3 +200,7 @@ class HookTimeoutError(ModelCheckpointError, TimeoutError):
     def __init__(self, timeout: float | None) -> None:
         super().__init__(f"the handler took longer than its timeout of {timeout:g} s")
         self.timeout = timeout
+
+
+class NotificationError(ModelCheckpointError, ConnectionError):
+    """A message of a hook that did not get through; the text names the host and its answer, and no secret."""

@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 MEMORY := $(shell [ "$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}')" -gt 4000000 ] && echo TMPDIR=/dev/shm)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-track bench-scale clean
+.PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-track bench-hooks bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-async: $(VENV)/.bench ## how long background saves hold training up (bench
 
 bench-track: .venv-track/.made ## what tracking costs, against MLflow, trackio, Aim, W&B and tensorboardX (benchmarks/track.py)
 	.venv-track/bin/python benchmarks/track.py
+
+bench-hooks: $(VENV)/.bench ## what an event costs, with listeners and without (benchmarks/hooks.py)
+	$(BIN)/python benchmarks/hooks.py
 
 bench-scale: $(VENV)/.dev ## measure how saving, listing and retention scale (benchmarks/scale.py)
 	$(BIN)/python benchmarks/scale.py

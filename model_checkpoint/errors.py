@@ -204,3 +204,15 @@ class HookTimeoutError(ModelCheckpointError, TimeoutError):
 
 class NotificationError(ModelCheckpointError, ConnectionError):
     """A message of a hook that did not get through; the text names the host and its answer, and no secret."""
+
+
+class ClaimLostError(ModelCheckpointError, RuntimeError):
+    """A worker's claim of a configuration expired, and another worker has it; what this one did does not count."""
+
+    def __init__(self, grid: str, number: int) -> None:
+        super().__init__(
+            f"configuration {number} of grid {grid!r} is another worker's now: the claim was not renewed in time. "
+            "Give the grid a longer lease"
+        )
+        self.grid = grid
+        self.number = number

@@ -415,9 +415,15 @@ def test_torch_states_load_from_the_directory_alone(rebuilt: Golden) -> None:
             check_torch(rebuilt.load(notes), notes)
 
 
-# --- schema versions 3 and 4 ------------------------------------------------------------------------------------
+# --- schema versions 3 to 5 ------------------------------------------------------------------------------------
 
-MIGRATIONS = ["create_tables", "blocks_and_scores", "drop_rows_of_points", "captures_projects_and_attempts"]
+MIGRATIONS = [
+    "create_tables",
+    "blocks_and_scores",
+    "drop_rows_of_points",
+    "captures_projects_and_attempts",
+    "claims_of_grids",
+]
 
 
 def resumed(path: Path) -> ExperimentTracker:
@@ -426,7 +432,7 @@ def resumed(path: Path) -> ExperimentTracker:
     return ExperimentTracker.resume(found.id, f"sqlite:///{path}")
 
 
-@pytest.fixture(params=[3, 4])
+@pytest.fixture(params=[3, 4, 5])
 def later(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ExperimentTracker]:
     """The run of a copy of a golden database."""
     shutil.copy(GOLDEN / f"database_v{request.param}.db", tmp_path / "runs.db")
@@ -434,7 +440,7 @@ def later(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Experiment
         yield run
 
 
-@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("version", [3, 4, 5])
 def test_the_golden_databases_are_of_their_versions(version: int) -> None:
     path = GOLDEN / f"database_v{version}.db"
     with sqlite3.connect(path) as connection:  # the file itself, which nobody has opened
@@ -479,8 +485,19 @@ def test_the_rest_of_later_versions_comes_back(later: ExperimentTracker) -> None
     assert len(later.get_metrics("odd")) == 8
 
 
-def test_projects_and_what_was_captured_come_back_from_version_4(tmp_path: Path) -> None:
-    shutil.copy(GOLDEN / "database_v4.db", tmp_path / "runs.db")
+def test_claims_of_grids_come_back_from_version_5(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "database_v5.db", tmp_path / "runs.db")
+    database = EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/runs.db")
+    assert database.claims.counts("golden grid") == {"open": 1, "claimed": 1, "done": 0, "failed": 0}
+    assert database.claims.take("golden grid", "w", 1.5, 9.0, 3) == (1, '{"lr":0.01}', None, 1)
+    assert database.claims.take("golden grid", "w", 2.5, 9.0, 3) == (0, '{"lr":0.1}', None, 2)
+    assert not database.claims.end("golden grid", 0, "golden worker", "done")
+    database.close()
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_projects_and_what_was_captured_come_back_from_version_4(tmp_path: Path, version: int) -> None:
+    shutil.copy(GOLDEN / f"database_v{version}.db", tmp_path / "runs.db")
     with resumed(tmp_path / "runs.db") as run:
         assert run.captured == {"captured_at": 1.5, "git": None}
         found = run.queries.projects()["golden"]

@@ -187,6 +187,11 @@ def test_an_event_can_be_fired_by_its_value(hooks: HookManager) -> None:
     assert hooks.fire_hook("before_checkpoint_save").stopped_by == "h"  # type: ignore[arg-type]
 
 
+def test_firing_what_is_no_event_says_which_there_are(hooks: HookManager) -> None:
+    with pytest.raises(ConfigurationError, match=r"'after_save'.*AFTER_CHECKPOINT_SAVE"):
+        hooks.fire_hook("after_save")
+
+
 def test_a_hook_object_has_its_class_name_and_runs_before_saves_unless_it_says_otherwise(hooks: HookManager) -> None:
     class Plain(BaseHook):
         def execute(self, context: HookContext) -> None: ...
@@ -816,11 +821,12 @@ def test_the_error_handler_gets_exception_and_context(hooks: HookManager) -> Non
     assert (context.event, context.checkpoint_id, context.get("epoch")) == (HookEvent.AFTER_CHECKPOINT_SAVE, "c", 1)
 
 
+@pytest.mark.parametrize("raised", [ValueError, SystemExit, Strange])
 def test_an_error_handler_that_fails_is_contained_and_logged(
-    hooks: HookManager, caplog: pytest.LogCaptureFixture
+    hooks: HookManager, caplog: pytest.LogCaptureFixture, raised: type[BaseException]
 ) -> None:
     def worse(error: BaseException, context: HookContext) -> None:
-        raise ValueError("even worse")
+        raise raised("even worse")
 
     last = Recorder()
     hooks.register_hook("h", fail, AFTER_SAVE, error_handler=worse)

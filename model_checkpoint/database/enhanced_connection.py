@@ -11,6 +11,7 @@ from weakref import WeakMethod
 
 from model_checkpoint.database.attempts import AttemptTable
 from model_checkpoint.database.checkpoints import CheckpointTable
+from model_checkpoint.database.claims import ClaimTable
 from model_checkpoint.database.experiments import ExperimentTable
 from model_checkpoint.database.metrics import MetricTable
 from model_checkpoint.database.schema import Executes, check_version, latest_version
@@ -42,7 +43,7 @@ class EnhancedDatabaseConnection:
             may not write is opened all the same.
 
     Attributes:
-        experiments, metrics, attempts, checkpoints, stores, tombstones, verifications: the tables.
+        experiments, metrics, attempts, checkpoints, stores, tombstones, verifications, claims: the tables.
         place: where it is, for people: a path, or a URL without its passwords.
         in_memory: whether it ends with this object.
         max_name: characters of a metric's name, a tag or a project; what is a key on a server has to be short.
@@ -94,6 +95,7 @@ class EnhancedDatabaseConnection:
         self.stores = StoreTable(self)
         self.tombstones = TombstoneTable(self)
         self.verifications = VerificationTable(self)
+        self.claims = ClaimTable(self)
 
     def transaction(self, durable: bool = False, alone: bool = True) -> AbstractContextManager[Executes]:
         """Run a block in a write transaction: committed when it ends, rolled back when it raises.

@@ -159,6 +159,18 @@ def captures_projects_and_attempts(connection: Executes, types: Mapping[str, str
     )
 
 
+@migration
+def claims_of_grids(connection: Executes, types: Mapping[str, str]) -> None:
+    """Configurations of grids, and who is at them."""
+    connection.execute(_CLAIMS.format_map(types))
+
+
+_CLAIMS = """
+CREATE TABLE claims (
+    grid {name} NOT NULL, number {big} NOT NULL, config {text} NOT NULL, state {id} NOT NULL, worker {id},
+    expires_at {real}, experiment_id {id}, attempts {big} NOT NULL, PRIMARY KEY (grid, number)){clustered}
+"""
+
 _CAPTURES = """
 CREATE TABLE captures (
     experiment_id {id} PRIMARY KEY REFERENCES experiments(id), captured {text} NOT NULL){end};

@@ -15,7 +15,7 @@ from typing import Any
 
 from model_checkpoint.errors import HookRegistrationError, HookTimeoutError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority, HookResult
-from model_checkpoint.hooks.registration import ErrorHandler, Handler, Hook, Options, hook_of, is_async
+from model_checkpoint.hooks.registration import ErrorHandler, Handler, Hook, Options, event_of, hook_of, is_async
 from model_checkpoint.hooks.threads import Pool, await_elsewhere, call_elsewhere
 from model_checkpoint.utils.fork import renew_in_child
 from model_checkpoint.utils.jsonable import scalar
@@ -164,16 +164,17 @@ class HookManager:
 
         Raises:
             KeyboardInterrupt: the user pressed Ctrl-C while a handler ran; the handlers after it have run.
+            ConfigurationError: there is no such event.
         """
         if type(event) is not HookEvent:
-            event = HookEvent(event)
+            event = event_of(event)
         if event not in self.listening:
             return HookResult()
         if context is None:
             ids = {key: more.pop(key, None) for key in ("checkpoint_id", "experiment_id")}
             context = HookContext(event, {**(data or {}), **more}, **ids)
         result = self.run_hooks(event, context)
-        interrupt = interrupt_of(result)
+        interrupt = interrupt_of(result) if result.errors else None
         if interrupt is not None:
             raise interrupt
         return result
@@ -253,7 +254,7 @@ class HookManager:
         if failure is not None:
             result.success = False
             result.errors[hook.name] = failure
-            self._report(hook, failure, context)
+            self._report(hook, failure, context, result)
             _forget_frames(failure)
             return
         result.results[hook.name] = returned
@@ -275,7 +276,7 @@ class HookManager:
             raise TypeError("the handler returned a coroutine, and this manager has enable_async=False")
         return await_elsewhere(returned, timeout)
 
-    def _report(self, hook: Hook, error: BaseException, context: HookContext) -> None:
+    def _report(self, hook: Hook, error: BaseException, context: HookContext, result: HookResult) -> None:
         """Log the failure once, count it, and tell whom the hook names and who listens to ON_ERROR."""
         hook.failures += 1
         if _interrupt(error) is None:
@@ -289,8 +290,10 @@ class HookManager:
         if hook.options.error_handler is not None:
             try:
                 hook.options.error_handler(error, context)
-            except Exception:
+            except BaseException as worse:
                 log.exception("the error handler of hook %r failed too", hook.name)
+                if _interrupt(worse) is not None:
+                    result.errors[hook.name] = worse
         self.report_error("hook", error, context.experiment_id, hook=hook.name, event=context.event.value)
 
     def report_error(
@@ -324,20 +327,7 @@ class HookManager:
         """
         with self._lock:
             chosen = [h for h in self._hooks.values() if event is None or event in h.handlers]
-            return [
-                {
-                    "name": hook.name,
-                    "events": hook.events,
-                    "priority": int(hook.options.priority),
-                    "timeout": hook.options.timeout,
-                    "async_execution": hook.options.async_execution,
-                    "enabled": hook.enabled,
-                    "calls": hook.calls,
-                    "failures": hook.failures,
-                    "metadata": dict(hook.options.metadata),
-                }
-                for hook in sorted(chosen, key=lambda h: h.options.priority)
-            ]
+            return [hook.described() for hook in sorted(chosen, key=lambda h: h.options.priority)]
 
     def get_performance_stats(self, name: str | None = None) -> dict[str, Any]:
         """Return the statistics of one hook, or hook name -> statistics.
@@ -351,10 +341,10 @@ class HookManager:
         """
         with self._lock:
             if name is None:
-                return {each: _stats(hook) for each, hook in self._hooks.items()}
+                return {each: hook.stats() for each, hook in self._hooks.items()}
             if name not in self._hooks:
                 raise HookRegistrationError(f"hook {name!r} is not registered; list_hooks() shows those that are")
-            return _stats(self._hooks[name])
+            return self._hooks[name].stats()
 
 
 def interrupt_of(result: HookResult) -> KeyboardInterrupt | None:
@@ -385,14 +375,3 @@ def _is_false(value: Any) -> bool:
     """Whether ``value`` is False, NumPy's and torch's included; 0, an empty list and the like are results."""
     found = scalar(value) if value is not None and not isinstance(value, bool) else value
     return found is False
-
-
-def _stats(hook: Hook) -> dict[str, Any]:
-    return {
-        "total_calls": hook.calls,
-        "successful_calls": hook.calls - hook.failures,
-        "failed_calls": hook.failures,
-        "min_time": hook.shortest if hook.calls else 0.0,
-        "avg_time": hook.total / hook.calls if hook.calls else 0.0,
-        "max_time": hook.longest,
-    }

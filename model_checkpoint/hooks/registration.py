@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from threading import TIMEOUT_MAX
 from typing import Any
 
-from model_checkpoint.errors import HookRegistrationError
+from model_checkpoint.errors import ConfigurationError, HookRegistrationError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority
 
 Handler = Callable[[HookContext], Any]
@@ -63,9 +63,30 @@ class Hook:
     shortest: float = float("inf")
     longest: float = 0.0
 
-    @property
-    def events(self) -> list[str]:
-        return [event.value for event in self.handlers]
+    def described(self) -> dict[str, Any]:
+        """Return what ``HookManager.list_hooks`` says of it."""
+        return {
+            "name": self.name,
+            "events": [event.value for event in self.handlers],
+            "priority": int(self.options.priority),
+            "timeout": self.options.timeout,
+            "async_execution": self.options.async_execution,
+            "enabled": self.enabled,
+            "calls": self.calls,
+            "failures": self.failures,
+            "metadata": dict(self.options.metadata),
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Return what ``HookManager.get_performance_stats`` says of it."""
+        return {
+            "total_calls": self.calls,
+            "successful_calls": self.calls - self.failures,
+            "failed_calls": self.failures,
+            "min_time": self.shortest if self.calls else 0.0,
+            "avg_time": self.total / self.calls if self.calls else 0.0,
+            "max_time": self.longest,
+        }
 
 
 def hook_of(
@@ -152,13 +173,25 @@ def _events(name: str, events: Iterable[HookEvent | str] | None) -> tuple[HookEv
     if not isinstance(events, Iterable) or isinstance(events, str):
         raise HookRegistrationError(f"hook {name!r}: events must be a list of HookEvent, not {events!r}")
     try:
-        known = tuple(dict.fromkeys(HookEvent(event) for event in events))
-    except ValueError as error:
-        names = ", ".join(e.name for e in HookEvent)
-        raise HookRegistrationError(f"hook {name!r}: events has an unknown one ({error}); known: {names}") from None
+        known = tuple(dict.fromkeys(map(event_of, events)))
+    except ConfigurationError as error:
+        raise HookRegistrationError(f"hook {name!r}: events has an unknown one; {error}") from None
     if not known:
         raise HookRegistrationError(f"hook {name!r}: events is empty, it would never run")
     return known
+
+
+def event_of(event: object) -> HookEvent:
+    """Return the event that is given by itself or its value.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    try:
+        return HookEvent(event)
+    except ValueError:
+        names = ", ".join(e.name for e in HookEvent)
+        raise ConfigurationError(f"there is no event {event!r}; there are {names}") from None
 
 
 def _check_handler(name: str, handler: Any) -> None:

@@ -1,11 +1,11 @@
-"""Make the golden database of schema version 4, as that version wrote it.
+"""Make the golden database of schema version 5, as that version wrote it.
 
-Run by hand, from the root of the repository, and only while version 4 has not been released:
+Run by hand, from the root of the repository, and only while version 5 has not been released:
 
     python tests/golden/make_golden_database.py
 
-A released schema never changes. When a version 5 comes, the file stays as it is and this script makes that of version
-5 beside it, as it has done with that of version 3; ``tests/test_golden.py`` opens them all for ever.
+A released schema never changes. When a version 6 comes, the file stays as it is and this script makes that of version
+6 beside it, as it has done with those of versions 3 and 4; ``tests/test_golden.py`` opens them all for ever.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def make(path: Path) -> None:
         run.database.experiments.set_captured(run.experiment_id, {"captured_at": 1.5, "git": None})
         run.child("golden child", tags=["c"]).close("failed")
         run.fork_from(saved, "golden fork").close()
+        run.database.claims.add("golden grid", ['{"lr":0.1}', '{"lr":0.01}'])
+        run.database.claims.take("golden grid", "golden worker", 1.0, 2.0, 3)
         run.close()
         with sqlite3.connect(f"{name}/golden.db") as connection:
             connection.execute("UPDATE stores SET path = '/golden/checkpoints'")
@@ -60,5 +62,5 @@ def make(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    (HERE / "database_v4.db").unlink(missing_ok=True)
-    make(HERE / "database_v4.db")
+    (HERE / "database_v5.db").unlink(missing_ok=True)
+    make(HERE / "database_v5.db")

@@ -33,6 +33,7 @@ from model_checkpoint.utils.jsonable import short_text, to_number, to_step
 
 log = logging.getLogger(__name__)
 _AT_ONCE = 1 << 16  # points of a bulk that make one row for the writer
+_BEFORE = HookEvent.BEFORE_METRIC_COLLECTION  # a look into the class takes as long as the look whether anybody listens
 STATUSES = ("running", "completed", "failed", "interrupted")
 
 
@@ -261,7 +262,7 @@ class ExperimentTracker(ExperimentDescription):
             self._names.add(short_text(name, "metric name", self.database.max_name))
         if type(value) is not float:
             value = to_number(value, f"metrics.{name}")
-        if HookEvent.BEFORE_METRIC_COLLECTION in self.hook_manager.listening:
+        if _BEFORE in self.hook_manager.listening:
             self._events.collecting({name: value}, step)
         self._writer.put((name, value, None if step is None else to_step(step), time.time()))
 
@@ -280,7 +281,7 @@ class ExperimentTracker(ExperimentDescription):
             (name, value if type(value) is float else to_number(value, f"metrics.{name}"), where, at)
             for name, value in metrics.items()
         ]
-        if HookEvent.BEFORE_METRIC_COLLECTION in self.hook_manager.listening:
+        if _BEFORE in self.hook_manager.listening:
             self._events.collecting({name: value for name, value, *_ in points}, where)
         self._writer.extend(points)
 
@@ -299,7 +300,7 @@ class ExperimentTracker(ExperimentDescription):
             raise self._closed()
         columns = to_columns(values, steps, time.time(), f"metrics.{name}")
         self._names.add(short_text(name, "metric name", self.database.max_name))
-        if HookEvent.BEFORE_METRIC_COLLECTION in self.hook_manager.listening:
+        if _BEFORE in self.hook_manager.listening:
             self._events.collecting({name: columns.values.tolist()}, None)
         for start in range(0, len(columns), _AT_ONCE):
             self._writer.put((name, columns[start : start + _AT_ONCE]))

@@ -6,7 +6,22 @@ from collections.abc import Iterable
 
 
 class ModelCheckpointError(Exception):
-    """Base of all errors raised by this package."""
+    """Base of all errors raised by this package. They can be pickled, as a pool of processes does with them."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        file = (self.filename,) if isinstance(self, OSError) and self.filename is not None else ()
+        return _again, (type(self), (*self.args, *file), dict(vars(self)))
+
+
+def _again(kind: type[ModelCheckpointError], args: tuple[object, ...], facts: dict[str, object]) -> BaseException:
+    """Return an error as it was; the constructors of its class take the facts that its text was made of."""
+    error = kind.__new__(kind, *args)
+    if isinstance(error, OSError):
+        OSError.__init__(error, *args)
+    else:
+        error.args = args
+    vars(error).update(facts)
+    return error
 
 
 class ConfigurationError(ModelCheckpointError, ValueError):
@@ -185,10 +200,10 @@ class HookRegistrationError(ModelCheckpointError, ValueError):
 class HookVetoError(ModelCheckpointError, RuntimeError):
     """A BEFORE hook stopped the operation; nothing was written, read or removed."""
 
-    def __init__(self, hook: str, event: str, reason: str | None) -> None:
-        super().__init__(
-            f"hook {hook!r} vetoed {event}" + (f": {reason}" if reason else "") + "; the operation was not started"
-        )
+    def __init__(self, hook: str, event: str, reason: object = None, about: str | None = None) -> None:
+        of = f" of {about}" if about else ""
+        why = f": {reason}" if reason is not None else ""
+        super().__init__(f"hook {hook!r} vetoed {event}{of}{why}; the operation was not started")
         self.hook = hook
         self.event = event
         self.reason = reason
@@ -197,7 +212,7 @@ class HookVetoError(ModelCheckpointError, RuntimeError):
 class HookTimeoutError(ModelCheckpointError, TimeoutError):
     """A hook took longer than its timeout; whatever it does still, nobody waits for it any more."""
 
-    def __init__(self, timeout: float | None) -> None:
+    def __init__(self, timeout: float) -> None:
         super().__init__(f"the handler took longer than its timeout of {timeout:g} s")
         self.timeout = timeout
 

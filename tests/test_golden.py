@@ -488,7 +488,7 @@ def test_the_rest_of_later_versions_comes_back(later: ExperimentTracker) -> None
 def test_claims_of_grids_come_back_from_version_5(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "database_v5.db", tmp_path / "runs.db")
     database = EnhancedDatabaseConnection(f"sqlite:///{tmp_path}/runs.db")
-    assert database.claims.counts("golden grid") == {"open": 1, "claimed": 1, "done": 0, "failed": 0}
+    assert database.claims.counts("golden grid") == {"open": 1, "claimed": 1, "completed": 0, "failed": 0}
     assert database.claims.take("golden grid", "w", 1.5, 9.0, 3) == (1, '{"lr":0.01}', None, 1)
     assert database.claims.take("golden grid", "w", 2.5, 9.0, 3) == (0, '{"lr":0.1}', None, 2)
     assert not database.claims.end("golden grid", 0, "golden worker", "done")

@@ -6,17 +6,27 @@ import copy
 import functools
 import logging
 import math
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.checkpoint.retention import KeepLast
-from model_checkpoint.errors import ConfigurationError, HookRegistrationError, HookVetoError, StorageError
+from model_checkpoint.errors import (
+    ClaimLostError,
+    ConfigurationError,
+    DatabaseError,
+    HookRegistrationError,
+    HookTimeoutError,
+    HookVetoError,
+    IntegrityError,
+    StorageError,
+)
 from model_checkpoint.hooks import BaseHook, HookContext, HookEvent, HookManager, HookPriority
 
 DEADLINE = 20.0  # seconds that anything may take before it counts as hung
@@ -212,10 +222,25 @@ def test_a_hook_object_has_its_class_name_and_runs_before_saves_unless_it_says_o
     }
 
 
-def test_an_object_without_execute_fails_when_it_runs_and_says_what_it_lacks(hooks: HookManager) -> None:
-    hooks.register_hook(BaseHook("empty"))
-    result = hooks.fire_hook(HookEvent.BEFORE_CHECKPOINT_SAVE)
-    assert "must define execute" in str(result.errors["empty"])
+def test_an_object_that_handles_nothing_is_refused_and_so_is_a_misspelt_method(hooks: HookManager) -> None:
+    class Misspelt(BaseHook):
+        def on_before_checkpoint_save(self, context: HookContext) -> None: ...
+
+        def on_befor_checkpoint_load(self, context: HookContext) -> None: ...
+
+    class Both(BaseHook):
+        """A callback of another framework, too."""
+
+        def on_metric_threshold(self, context: HookContext) -> None: ...
+
+        def on_train_start(self) -> None: ...
+
+    with pytest.raises(HookRegistrationError, match=r"'empty'.*neither execute\(\) nor a method"):
+        hooks.register_hook(BaseHook("empty"))
+    with pytest.raises(HookRegistrationError, match=r"'Misspelt'.*on_befor_checkpoint_load.*on_before_checkpoint_load"):
+        hooks.register_hook(Misspelt())
+    hooks.register_hook(Both())
+    assert [told["events"] for told in hooks.list_hooks()] == [["on_metric_threshold"]]
 
 
 class AsyncCall:
@@ -286,7 +311,7 @@ def test_a_name_can_be_taken_once_until_it_is_free_again(hooks: HookManager) -> 
     with pytest.raises(HookRegistrationError, match=r"'h'.*taken"):
         hooks.register_hook("h", fail, BEFORE_SAVE)
     with pytest.raises(HookRegistrationError, match=r"'h'.*taken"):
-        hooks.register_hook(BaseHook("h"))
+        hooks.register_hook(AsyncHook("h"))
     (told,) = hooks.list_hooks()
     assert told["events"] == ["after_checkpoint_save"]  # the first is as it was
     assert hooks.unregister_hook("h")
@@ -761,6 +786,178 @@ class Strange(BaseException):
     """Not an Exception, and none of Python's own."""
 
 
+class Mute(Exception):
+    """An exception that fails to say what it is."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no text")
+
+
+class Broken:
+    """A result of which nothing can be asked."""
+
+    shape = ()
+
+    def item(self) -> object:
+        raise OSError("the device is gone")
+
+
+class BrokenDict(dict[str, object]):
+    """A result that fails when it is read."""
+
+    def get(self, *_: object) -> object:
+        raise OSError("cannot be read")
+
+
+def spoil_event(context: HookContext) -> None:
+    del context.event
+    raise ValueError("and fails")
+
+
+def spoil_data(context: HookContext) -> None:
+    context.data = None  # type: ignore[assignment]
+
+
+def mute(context: HookContext) -> None:
+    raise Mute
+
+
+MEAN: dict[str, Callable[[HookContext], object]] = {
+    "no text": mute,
+    "no event": spoil_event,
+    "no data": spoil_data,
+    "broken result": lambda context: Broken(),
+    "broken dict": lambda context: BrokenDict(),
+}
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("case", MEAN)
+def test_whatever_a_handler_does_to_what_it_gets_and_gives_the_save_ends_well(
+    manager: EnhancedCheckpointManager, case: str, blocking: bool
+) -> None:
+    seen: list[tuple[HookEvent, type]] = []
+    both = [*BEFORE_SAVE, *AFTER_SAVE]
+    manager.register_hook("mean", MEAN[case], both, priority=0)
+    manager.register_hook("background", ok, both, priority=1, async_execution=True)
+    manager.register_hook("next", lambda c: seen.append((c.event, type(c.data))), both, priority=2)
+    manager.register_hook("errors", ok, [HookEvent.ON_ERROR])
+    checkpoint = manager.save_checkpoint(MODEL, blocking=blocking)
+    assert manager.wait(timeout=DEADLINE)
+    assert manager.load_checkpoint(checkpoint)["model_state_dict"] == MODEL
+    assert seen == [(HookEvent.BEFORE_CHECKPOINT_SAVE, dict), (HookEvent.AFTER_CHECKPOINT_SAVE, dict)]
+    failures = {told["name"]: told["failures"] for told in manager.list_hooks()}
+    assert failures["background"] == failures["next"] == failures["errors"] == 0
+    assert failures["mean"] == (0 if case == "no data" else 1 if case.startswith("broken") else 2)
+
+
+@pytest.mark.parametrize("where", ["fails", "takes too long"])
+def test_where_advice_on_retention_cannot_be_had_nothing_is_removed(
+    manager: EnhancedCheckpointManager, where: str
+) -> None:
+    """It may be what keeps the best of a week."""
+    manager._max_checkpoints = 1
+    done = threading.Event()
+
+    def advise(context: HookContext) -> object:
+        if context.get("removed") and where == "fails":
+            raise OSError("the database is locked")
+        if context.get("removed"):
+            done.wait(DEADLINE)
+        return {"retention_policy": KeepLast(100)}
+
+    manager.register_hook("advise", advise, [HookEvent.BEFORE_RETENTION], timeout=0.05)
+    for epoch in range(6):
+        manager.save_checkpoint(MODEL, epoch=epoch)
+    done.set()
+    assert len(manager.list_checkpoints()) == 6
+    manager.unregister_hook("advise")
+    manager.save_checkpoint(MODEL, epoch=6)
+    assert len(manager.list_checkpoints()) == 1
+
+
+@pytest.mark.parametrize("advice", [{"retention_policy": None}, {"keep": 5}, {"keep": "abc"}, {"keep": [[1]]}])
+def test_advice_that_is_none_removes_nothing_and_names_the_hook(
+    manager: EnhancedCheckpointManager, advice: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager._max_checkpoints = 1
+    manager.register_hook("advise", lambda context: advice, [HookEvent.BEFORE_RETENTION])
+    for epoch in range(3):
+        manager.save_checkpoint(MODEL, epoch=epoch)
+    assert len(manager.list_checkpoints()) == 3
+    assert "hook 'advise' must return" in caplog.text
+
+
+def test_a_database_that_fails_when_hooks_are_to_be_told_fails_nothing(
+    manager: EnhancedCheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = manager.save_checkpoint(MODEL, loss=0.5)
+    told: list[object] = []
+    manager.register_hook("best", told.append, [HookEvent.ON_BEST_MODEL_UPDATE])
+    manager.register_hook("errors", lambda context: told.append(context.data["source"]), [HookEvent.ON_ERROR])
+
+    def refuse(*_: object) -> NoReturn:
+        raise DatabaseError("locked")
+
+    real = manager._db.checkpoints.of_experiment
+    calls = iter([real, refuse])
+    monkeypatch.setattr(manager._db.checkpoints, "of_experiment", lambda experiment: next(calls)(experiment))
+    assert manager.delete_checkpoint(checkpoint)
+    assert told == ["database"]
+
+
+def test_ctrl_c_before_a_save_that_fails_is_raised_with_it_and_not_later(manager: EnhancedCheckpointManager) -> None:
+    def interrupted(context: HookContext) -> None:
+        raise KeyboardInterrupt
+
+    manager.register_hook("h", interrupted, BEFORE_SAVE)
+    staging = Path(manager.checkpoint_dir) / ".engine" / "staging"
+    staging.rmdir()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        manager.save_checkpoint(MODEL)
+    assert isinstance(caught.value.__context__, StorageError)
+    staging.mkdir()
+    manager.unregister_hook("h")
+    assert manager.save_checkpoint(MODEL)
+
+
+def test_ctrl_c_in_a_hook_of_errors_is_the_users_too(hooks: HookManager) -> None:
+    def interrupted(context: HookContext) -> None:
+        raise KeyboardInterrupt
+
+    hooks.register_hook("broken", fail, AFTER_SAVE)
+    hooks.register_hook("errors", interrupted, [HookEvent.ON_ERROR])
+    with pytest.raises(KeyboardInterrupt):
+        hooks.fire_hook(HookEvent.AFTER_CHECKPOINT_SAVE)
+
+
+def test_ctrl_c_in_a_hook_at_the_end_of_a_run_leaves_it_closed(run: ExperimentTracker) -> None:
+    def interrupted(context: HookContext) -> None:
+        raise KeyboardInterrupt
+
+    run.hook_manager.register_hook("h", interrupted, [HookEvent.ON_EXPERIMENT_END])
+    with pytest.raises(KeyboardInterrupt):
+        run.close()
+    with pytest.raises(DatabaseError, match="was closed"):
+        run.database.query("SELECT 1")
+
+
+def test_errors_go_through_pickle_as_pools_of_processes_send_them() -> None:
+    made = [
+        HookVetoError("h", "before_checkpoint_save", "too early", "c"),
+        StorageError("write a file", "/x", OSError(28, "full"), "free some"),
+        HookTimeoutError(2.5),
+        ClaimLostError("g", 3),
+        IntegrityError("/x", "is gone", 1, 2),
+        HookRegistrationError("plain"),
+    ]
+    for error in made:
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+        assert type(again) is type(error)
+        assert (str(again), vars(again)) == (str(error), vars(error))
+        assert getattr(again, "errno", None) == getattr(error, "errno", None)
+
+
 @pytest.mark.parametrize("raised", [OSError, MemoryError, RecursionError, StopIteration, SystemExit, Strange])
 def test_hooks_that_fail_at_every_event_change_no_outcome(
     manager: EnhancedCheckpointManager, caplog: pytest.LogCaptureFixture, raised: type[BaseException]
@@ -769,7 +966,8 @@ def test_hooks_that_fail_at_every_event_change_no_outcome(
         raise raised("the hook is broken")
 
     recorder = Recorder()
-    manager.register_hook("broken", broken, EVERY, priority=0)
+    failing = [event for event in USUAL if event is not HookEvent.BEFORE_RETENTION]  # without advice there is no pass
+    manager.register_hook("broken", broken, failing, priority=0)
     manager.register_hook("good", recorder, EVERY, priority=1)
     with caplog.at_level(logging.ERROR):
         use_everything(manager)
@@ -777,13 +975,13 @@ def test_hooks_that_fail_at_every_event_change_no_outcome(
     assert recorder.events == USUAL  # the others run all the same
     assert manager.list_checkpoints() == []
     logged = [record.getMessage() for record in caplog.records]
-    assert len(logged) == len(USUAL)  # once each
-    for event, text in zip(USUAL, logged):
+    assert len(logged) == len(failing)  # once each
+    for event, text in zip(failing, logged):
         assert event.value in text
         assert "'broken'" in text
     assert manager.hook_manager is not None
     stats = manager.hook_manager.get_performance_stats("broken")
-    assert (stats["total_calls"], stats["failed_calls"], stats["successful_calls"]) == (12, 12, 0)
+    assert (stats["total_calls"], stats["failed_calls"], stats["successful_calls"]) == (11, 11, 0)
     fail_to_save(manager)  # with the error that it has without hooks
 
 

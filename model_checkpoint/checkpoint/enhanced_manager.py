@@ -315,8 +315,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
                     raise
                 log.exception("the lock of %s was not closed well; what it was held for is done", self.checkpoint_dir)
         except (Exception, SystemExit) as error:
-            told = {**payload(record), "error": f"{type(error).__name__}: {error}"}
-            self._fire(HookEvent.ON_CHECKPOINT_SAVE_FAILED, told, record.id, record.experiment_id)
+            self._tell_failed(record, error)
             raise
         record, taken, count = saved
         key = record.experiment_id

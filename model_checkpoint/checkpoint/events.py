@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from model_checkpoint.checkpoint.recovery import RecoveryReport
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.models import CheckpointRecord
 from model_checkpoint.errors import ConfigurationError, DatabaseError, HookVetoError
-from model_checkpoint.hooks import HookContext, HookEvent, HookManager
-from model_checkpoint.hooks.hook_manager import interrupt_of
+from model_checkpoint.hooks import HookContext, HookEvent, HookManager, HookResult
+from model_checkpoint.hooks.outcomes import interrupt_of, text_of
 
+log = logging.getLogger(__name__)
 AFTER_SAVE = frozenset({HookEvent.AFTER_CHECKPOINT_SAVE, HookEvent.ON_BEST_MODEL_UPDATE})
 
 
@@ -31,8 +34,8 @@ class CheckpointEvents:
         data: Mapping[str, Any],
         checkpoint_id: str | None = None,
         experiment_id: str | None = None,
-    ) -> Mapping[str, Any]:
-        """Run the hooks of ``event``; returns what they returned, by name.
+    ) -> HookResult:
+        """Run the hooks of ``event``; returns what came of it.
 
         A Ctrl-C that comes meanwhile is raised when they have run, or at
         BEFORE_CHECKPOINT_SAVE when the save has ended.
@@ -41,7 +44,7 @@ class CheckpointEvents:
             HookVetoError: one vetoes.
         """
         if self.hook_manager is None or event not in self.hook_manager.listening:
-            return {}
+            return HookResult()
         result = self.hook_manager.run_hooks(event, HookContext(event, dict(data), checkpoint_id, experiment_id))
         interrupt = interrupt_of(result)
         if interrupt is not None:
@@ -49,14 +52,27 @@ class CheckpointEvents:
                 raise interrupt
             self._interrupt = interrupt
         if result.stopped_by is not None:
-            raise HookVetoError(result.stopped_by, event.value, result.reason)
-        return result.results
+            raise HookVetoError(result.stopped_by, event.value, result.reason, checkpoint_id or experiment_id)
+        return result
+
+    def _raise_interrupt(self) -> None:
+        """Raise the Ctrl-C that came in a hook before this save, now that it has ended."""
+        interrupt = self._interrupt
+        if interrupt is not None and threading.current_thread() is threading.main_thread():
+            self._interrupt = None
+            raise interrupt
 
     def _tell_saved(self, record: CheckpointRecord, taken: Mapping[str, float], blocked: float) -> None:
         told = {**payload(record), "size": record.size, "best": sorted(taken), "blocked_seconds": blocked}
         self._fire(HookEvent.AFTER_CHECKPOINT_SAVE, told, record.id, record.experiment_id)
         if taken:
             self._tell_best(record, record.experiment_id, dict(taken), "saved")
+
+    def _tell_failed(self, record: CheckpointRecord, error: BaseException) -> None:
+        text = f"{type(error).__name__}: {text_of(error)}"
+        told = {**payload(record), "error": text}
+        self._fire(HookEvent.ON_CHECKPOINT_SAVE_FAILED, told, record.id, record.experiment_id)
+        self._raise_interrupt()
 
     def _tell_best(
         self,
@@ -74,11 +90,16 @@ class CheckpointEvents:
         checkpoint_id = None if holder is None else holder.id
         self._fire(HookEvent.ON_BEST_MODEL_UPDATE, told, checkpoint_id, experiment_id)
 
-    def _tell_new_holders(self, experiment_id: str, criteria: Iterable[str], cause: str) -> None:
+    def _tell_new_holders(self, experiment_id: str, criteria: Collection[str], cause: str) -> None:
         """Tell who holds best flags that have passed on, or that nobody does."""
         if self.hook_manager is None or HookEvent.ON_BEST_MODEL_UPDATE not in self.hook_manager.listening:
             return
-        records = self._db.checkpoints.of_experiment(experiment_id)
+        try:
+            records = self._db.checkpoints.of_experiment(experiment_id)
+        except DatabaseError as error:  # what this would tell of is done
+            log.exception("hooks are not told who is the best of experiment %s now", experiment_id)
+            self.hook_manager.report_error("database", error, experiment_id)
+            return
         holders = {criterion: record for record in records for criterion in record.best}
         for holder in {id(r): r for r in (holders.get(c) for c in criteria)}.values():
             mine = [c for c in sorted(criteria) if holders.get(c) is holder]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
-import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakSet
@@ -16,6 +16,7 @@ from model_checkpoint.checkpoint.recovery import RecoveryReport, rebuild, recove
 from model_checkpoint.errors import ConfigurationError, SaveFailedError
 from model_checkpoint.hooks import HookEvent, HookManager
 from model_checkpoint.hooks.hook_manager import as_hook, inside_hook
+from model_checkpoint.hooks.threads import finish
 
 _open: WeakSet[ManagerLifecycle] = WeakSet()  # those that were not closed
 Manager = TypeVar("Manager", bound="ManagerLifecycle")
@@ -51,7 +52,7 @@ class ManagerLifecycle(CheckpointLoading):
 
     def _begin(self) -> None:
         """Repair what a crash left, and tell that the manager is there."""
-        if self._tracker is None:
+        if self.hook_manager is not getattr(self._tracker, "hook_manager", None):  # the tracker tells its own
             self._db.on_error(self._tell_database_error)
         self._tell_recovery(recover(self._directory, self._db, self._best_metrics), "open")
         self._tell_life(HookEvent.ON_SYSTEM_START)
@@ -185,10 +186,7 @@ class ManagerLifecycle(CheckpointLoading):
 
     def _after_save(self, checkpoint_id: str) -> None:
         """Do what was put off until a save has ended: raise a Ctrl-C that came in a hook, end by a signal."""
-        interrupt = self._interrupt
-        if interrupt is not None and threading.current_thread() is threading.main_thread():
-            self._interrupt = None
-            raise interrupt
+        self._raise_interrupt()
         if self._signals is not None and self._signals.may_end() and not inside_hook():
             self._end(checkpoint_id)
 
@@ -219,3 +217,7 @@ def _tell_ends() -> None:
     """Tell the hooks of managers that nobody has closed that this is the end."""
     for manager in list(_open):
         manager._tell_end()
+    finish()
+
+
+os.register_at_fork(after_in_child=_open.clear)  # they are the parent's to tell of

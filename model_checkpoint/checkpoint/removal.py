@@ -11,10 +11,10 @@ from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import elect, with_sound_holders
 from model_checkpoint.checkpoint.catalog import CheckpointCatalog
 from model_checkpoint.checkpoint.retention import (
-    KeepAny,
     Protection,
     RetentionPlan,
     RetentionPolicy,
+    advice_of,
     plan_by_count,
     plan_by_policy,
 )
@@ -100,9 +100,9 @@ class CheckpointRemoval(CheckpointCatalog):
                         experiment_id, lambda: self._plan(experiment_id, policy).removed, doomed, new_pass=True
                     )
         except (LockTimeoutError, HookVetoError) as error:
-            log.debug("no retention pass of experiment %s: %s", experiment_id, error)
+            log.warning("no retention pass of experiment %s: %s", experiment_id, error)
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # The checkpoint is saved: not even a user's policy may make that look like a failure.
             log.exception("retention of experiment %s failed; the next save tries again", experiment_id)
             if self.hook_manager is not None:
@@ -117,15 +117,23 @@ class CheckpointRemoval(CheckpointCatalog):
 
         Returns:
             It, and the ids of checkpoints that stay besides, as hooks say.
+
+        Raises:
+            HookVetoError: there is to be no pass, as a hook says, or because one could not say.
+            ConfigurationError: what one said is no advice.
         """
-        if self.hook_manager is None or HookEvent.BEFORE_RETENTION not in self.hook_manager.listening:
+        event = HookEvent.BEFORE_RETENTION
+        if self.hook_manager is None:
+            return self._policy, set()
+        for name in self.hook_manager.silenced(event):
+            raise HookVetoError(name, event.value, f"it is disabled; enable_hook({name!r}) or unregister it")
+        if event not in self.hook_manager.listening:
             return self._policy, set()
         plan = self._plan(experiment_id, self._policy)
-        told = {"removed": plan.removed, "kept": plan.kept}
-        answers = self._fire(HookEvent.BEFORE_RETENTION, told, None, experiment_id)
-        advice = [answer for answer in answers.values() if isinstance(answer, dict)]
-        policies = tuple(each["retention_policy"] for each in advice if "retention_policy" in each)
-        return KeepAny(policies) if policies else self._policy, set().union(*(a.get("keep", ()) for a in advice))
+        result = self._fire(event, {"removed": plan.removed, "kept": plan.kept}, None, experiment_id)
+        for name in result.errors:  # it may have wanted to keep what the manager's own rule would remove
+            raise HookVetoError(name, event.value, "it failed", experiment_id)
+        return advice_of(result.results, self._policy)
 
     def _may_go(self, experiment_id: str, checkpoint_id: str) -> HookVetoError | None:
         """Ask the BEFORE hooks of a removal; return their veto or None."""

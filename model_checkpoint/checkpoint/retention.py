@@ -275,3 +275,29 @@ def plan_by_count(
             limit = "no limit is set" if max_checkpoints is None else f"within {max_checkpoints} checkpoints"
             decisions.append(Decision(record, True, protected[record.id] or limit))
     return RetentionPlan(tuple(decisions))
+
+
+def advice_of(answers: Mapping[str, object], policy: RetentionPolicy | None) -> tuple[RetentionPolicy | None, set[str]]:
+    """Return the policy that hooks advise together, else ``policy``, and the ids that stay besides.
+
+    Args:
+        answers: hook -> what it returned: ``{"retention_policy": policy}``, ``{"keep": ids}``, or something else.
+        policy: of the manager.
+
+    Raises:
+        ConfigurationError: a policy or ids that are none; the text names the hook.
+    """
+    policies: list[RetentionPolicy] = []
+    kept: set[str] = set()
+    for name, answer in answers.items():
+        advice = answer if isinstance(answer, dict) else {}
+        ids = advice.get("keep", ())
+        if "retention_policy" in advice:
+            policies.append(advice["retention_policy"])
+        good = isinstance(ids, (list, tuple, set, frozenset)) and all(isinstance(i, str) for i in ids)
+        if not good or not all(callable(getattr(each, "keeps", None)) for each in policies[-1:]):
+            raise ConfigurationError(
+                f"hook {name!r} must return a policy with keeps() and a list of ids to keep, not {answer!r:.200}"
+            )
+        kept.update(ids)
+    return (KeepAny(tuple(policies)) if policies else policy), kept

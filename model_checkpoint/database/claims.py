@@ -10,7 +10,7 @@ from model_checkpoint.errors import ConfigurationError
 if TYPE_CHECKING:
     from model_checkpoint.database.enhanced_connection import EnhancedDatabaseConnection
 
-STATES = ("open", "claimed", "done", "failed")
+STATES = ("open", "claimed", "completed", "failed")
 
 
 class Claimed(NamedTuple):
@@ -100,7 +100,7 @@ class ClaimTable:
         return self._change("experiment_id = :experiment", grid, number, worker, experiment=experiment_id)
 
     def end(self, grid: str, number: int, worker: str, state: str) -> bool:
-        """Let a claim end as ``done`` or ``failed``, or be ``open`` again; returns whether it was this worker's."""
+        """Let a claim be ``completed``, ``failed`` or ``open`` again; returns whether it was this worker's."""
         return self._change("state = :state", grid, number, worker, state=state)
 
     def _change(self, change: str, grid: str, number: int, worker: str, **bind: object) -> bool:

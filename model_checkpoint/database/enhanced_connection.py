@@ -156,6 +156,14 @@ class EnhancedDatabaseConnection:
         number = next(self._numbers)
         self._closers[number] = WeakMethod(finish, lambda _: self._closers.pop(number, None))
 
+    def settle(self) -> None:
+        """Do what has to be done before the connections can be closed, see ``before_close``."""
+        with ExitStack() as stack:
+            for closer in reversed(list(self._closers.values())):
+                finish = closer()
+                if finish is not None:
+                    stack.callback(finish)
+
     def on_error(self, tell: Callable[[DatabaseError], object]) -> None:
         """Call ``tell``, a method whose object this does not keep alive, with every error of the driver from now on.
 
@@ -182,10 +190,7 @@ class EnhancedDatabaseConnection:
             raise DatabaseError(f"database {self.place}: close() inside a transaction; leave it first")
         with ExitStack() as stack:  # all of it is done, whatever one of them raises
             stack.callback(self._shut)
-            for closer in reversed(list(self._closers.values())):
-                finish = closer()
-                if finish is not None:
-                    stack.callback(finish)
+            stack.callback(self.settle)
 
     def __repr__(self) -> str:
         return f"EnhancedDatabaseConnection({self.database_url.partition(':')[0]!r}, {self.place!r})"

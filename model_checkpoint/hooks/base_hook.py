@@ -98,9 +98,16 @@ class HookContext:
         self.data.update(values)
 
     def copy(self) -> HookContext:
-        """Return a context with dicts of its own, for a handler that goes on beside those that follow it."""
+        """Return a context with dicts and lists of its own, for a handler that goes on beside those that follow it."""
         ids = self.checkpoint_id, self.experiment_id
-        return HookContext(self.event, dict(self.data), *ids, dict(self.user_data), dict(self.metadata))
+        return HookContext(self.event, _copied(self.data), *ids, _copied(self.user_data), dict(self.metadata))
+
+
+def _copied(value: Any) -> Any:
+    """Return ``value`` with new dicts and lists; what else is in it, such as an array, is the same."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return list(map(_copied, value)) if type(value) is list else value
 
 
 @dataclass
@@ -137,8 +144,8 @@ class BaseHook:
 
     Args:
         name: unique in its manager; the class's name unless given.
-        events: when ``execute`` runs; the class attribute ``events`` unless given, which is before every checkpoint
-            save. A class that has ``on_<event>`` methods and no ``execute`` needs none.
+        events: when ``execute`` runs, an event or several; the class attribute ``events`` unless given, which is
+            before every checkpoint save. A class that has ``on_<event>`` methods and no ``execute`` needs none.
         priority: the lower runs first.
         timeout, async_execution: see ``HookManager.register_hook``.
     """
@@ -148,13 +155,14 @@ class BaseHook:
     def __init__(
         self,
         name: str | None = None,
-        events: Sequence[HookEvent] | None = None,
+        events: HookEvent | Sequence[HookEvent] | None = None,
         priority: int = HookPriority.NORMAL,
         timeout: float | None = None,
         async_execution: bool = False,
     ) -> None:
         self.name = name or type(self).__name__
-        self.events = tuple(events if events is not None else type(self).events)
+        chosen = events if events is not None else type(self).events
+        self.events = (chosen,) if isinstance(chosen, str) else tuple(chosen)  # an event is a text, too
         self.priority = priority
         self.timeout = timeout
         self.async_execution = async_execution

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority
+from model_checkpoint.utils.checks import check_count, check_positive
 from model_checkpoint.utils.criteria import MINIMISED
 
 __all__ = ["BestModelSelectionHook", "SaveDecisionHook", "SmartCheckpointRetentionHook"]
@@ -62,7 +63,8 @@ class SmartCheckpointRetentionHook(BaseHook):
         strategy: one of these.
         keep: how many, from 1.
         metric: ``loss``, ``val_loss`` or the name of a metric.
-        mode: ``min`` or ``max``; None goes by the metric's name, as for the best flags.
+        mode: ``min`` or ``max``; None goes by the metric's name, as for the best flags; what the manager's
+            ``best_metrics`` says is not known here.
         performance_weight: from 0 to 1.
         name, priority: see ``BaseHook``.
 
@@ -85,10 +87,12 @@ class SmartCheckpointRetentionHook(BaseHook):
         super().__init__(name, priority=priority)
         if strategy not in STRATEGIES:
             raise ConfigurationError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
-        _check_count(keep=keep)
+        check_count(keep=keep)
         _check_mode(mode)
-        if isinstance(performance_weight, bool) or not 0 <= performance_weight <= 1:
+        if not isinstance(performance_weight, (int, float)) or not 0 <= performance_weight <= 1:
             raise ConfigurationError(f"performance_weight must be from 0 to 1, not {performance_weight!r}")
+        if not isinstance(metric, str):
+            raise ConfigurationError(f"metric must be the name of one, not {metric!r}")
         self._strategy, self._keep = strategy, keep
         self._criterion, self._sign = _criterion(metric), _sign(metric, mode)
         self._weight = performance_weight
@@ -179,15 +183,23 @@ class BestModelSelectionHook(BaseHook):
         priority: int = HookPriority.NORMAL,
     ) -> None:
         super().__init__(name, priority=priority)
-        _check_count(top_k=top_k)
-        if not criteria or any(isinstance(w, bool) or not w > 0 for w in criteria.values()):
-            raise ConfigurationError(f"criteria must be metrics with weights above 0, not {criteria!r}")
-        for each in (modes or {}).values():
-            _check_mode(each)
-        if link is not None and (os.sep in link or link in ("", ".", "..") or "\0" in link):
+        check_count(top_k=top_k)
+        if not isinstance(criteria, Mapping) or not criteria or not all(isinstance(name, str) for name in criteria):
+            raise ConfigurationError(f"criteria must be a dict of metrics and their weights, not {criteria!r}")
+        check_positive(**{f"criteria: the weight of {name}": weight for name, weight in criteria.items()})
+        for each, mode in (modes or {}).items():
+            _check_mode(mode)
+            if each not in criteria:
+                raise ConfigurationError(f"modes has {each!r}, which is not among the criteria {', '.join(criteria)}")
+        if link is not None and (
+            not isinstance(link, str) or os.sep in link or link in ("", ".", "..") or "\0" in link
+        ):
             raise ConfigurationError(f"link must be a plain name, not {link!r}")
         self._manager = manager
-        self._weights = {each: -_sign(each, (modes or {}).get(each)) * weight for each, weight in criteria.items()}
+        self._weights = {
+            each.removeprefix("metrics."): -_sign(each, (modes or {}).get(each)) * weight
+            for each, weight in criteria.items()
+        }
         self._top_k = top_k
         self._link = link
 
@@ -250,8 +262,9 @@ class SaveDecisionHook(BaseHook):
         every_minutes: a save is due this many minutes after the last one.
         on_improvement: the name of a value given to ``should_save``; a save is due when it is better than ever.
         mode: ``min`` or ``max`` of that value; None goes by its name.
-        on_spike: a save is due when ``loss`` is NaN, or above this many times the median of the last 50; and the
-            checkpoint before it is kept from then on.
+        on_spike: a save is due when ``loss`` is NaN, or above the median of the last 50 by this many times that, less
+            one: 3.0 is three times a median above 0, and as far above one below. The checkpoint before it is kept from
+            then on. Above 1.
         max_overhead: the share of the time that saves may hold training up, above 0 and below 1.
         name, priority: see ``BaseHook``.
 
@@ -277,10 +290,13 @@ class SaveDecisionHook(BaseHook):
         if all(reason is None for reason in reasons):
             raise ConfigurationError("SaveDecisionHook: give at least one reason to save, such as every_minutes=10")
         if every_steps is not None:
-            _check_count(every_steps=every_steps)
-        _check_above_zero(every_minutes=every_minutes, on_spike=on_spike, max_overhead=max_overhead)
+            check_count(every_steps=every_steps)
+        limits = {"every_minutes": every_minutes, "on_spike": on_spike, "max_overhead": max_overhead}
+        check_positive(**{name: value for name, value in limits.items() if value is not None})
         if max_overhead is not None and max_overhead >= 1:
             raise ConfigurationError(f"max_overhead must be a share of the time, below 1, not {max_overhead!r}")
+        if on_spike is not None and on_spike <= 1:
+            raise ConfigurationError(f"on_spike must be above 1, not {on_spike!r}")
         _check_mode(mode)
         self._every_steps, self._every_seconds = every_steps, None if every_minutes is None else 60 * every_minutes
         self._watched, self._sign = on_improvement, 1 if on_improvement is None else _sign(on_improvement, mode)
@@ -304,7 +320,8 @@ class SaveDecisionHook(BaseHook):
             **values: others, for ``on_improvement``.
         """
         now = time.monotonic()
-        self._saved_step = step if self._saved_step is None else self._saved_step
+        if self._saved_step is None or step < self._saved_step:  # training went back to an earlier checkpoint
+            self._saved_step = step
         values = values if loss is None else {**values, "loss": float(loss)}
         spike = self._is_spike(values.get("loss"))
         if spike:
@@ -327,6 +344,7 @@ class SaveDecisionHook(BaseHook):
             return {"keep": sorted(self._kept)}
         self._spent += context.data["blocked_seconds"]
         self._saves += 1
+        self._saved_step, self._saved_at = context.data["step"], time.monotonic()  # also one that nobody asked us about
         if context.checkpoint_id is not None:
             self._last[context.experiment_id] = context.checkpoint_id
         return None
@@ -346,7 +364,8 @@ class SaveDecisionHook(BaseHook):
         """Return what is wrong with the loss, once for each spike."""
         if self._on_spike is None or loss is None:
             return None
-        if loss == loss and (not self._losses or loss <= self._on_spike * statistics.median(self._losses)):
+        middle = statistics.median(self._losses) if self._losses else 0.0
+        if loss == loss and (not middle or loss - middle <= (self._on_spike - 1) * abs(middle)):
             self._losses.append(loss)
             self._spiking = False
             return None
@@ -372,15 +391,3 @@ def _sign(metric: str, mode: str | None) -> int:
 def _check_mode(mode: object) -> None:
     if mode not in (None, "min", "max"):
         raise ConfigurationError(f"mode must be 'min', 'max' or None, not {mode!r}")
-
-
-def _check_count(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigurationError(f"{name} must be an integer of at least 1, not {value!r}")
-
-
-def _check_above_zero(**values: Any) -> None:
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise ConfigurationError(f"{name} must be a number above 0, not {value!r}")

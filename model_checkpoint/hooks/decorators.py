@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from model_checkpoint.errors import HookRegistrationError
+from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.hooks.base_hook import HookContext, HookEvent, HookPriority
 from model_checkpoint.hooks.registration import MARK, ErrorHandler, Handler, Marked, Options, is_async
+from model_checkpoint.utils.checks import check_count, check_positive
 
 log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,12 +39,18 @@ def hook_handler(
         events: an event or several.
         name: the hook's; the function's own when None.
         priority, timeout, async_execution, error_handler, **metadata: see ``HookManager.register_hook``.
+
+    Raises:
+        ConfigurationError: ``name`` is None, and the function has none.
     """
     options = Options(priority, timeout, async_execution, error_handler, metadata)
 
     def mark(function: Function) -> Function:
+        known = name or getattr(function, "__name__", None)
+        if known is None:
+            raise ConfigurationError(f"hook_handler: {function!r} has no name of its own; give it one, name=...")
         chosen = [events] if isinstance(events, str) else events  # an event is a text, too
-        setattr(function, MARK, Marked(name or function.__name__, chosen, options))
+        setattr(function, MARK, Marked(known, chosen, options))
         return function
 
     return mark
@@ -51,11 +58,17 @@ def hook_handler(
 
 def async_hook_handler(events: _Events, **options: Any) -> Callable[[Function], Function]:
     """Do what ``hook_handler`` does, with ``async_execution=True``: the event does not wait for the function."""
-    return hook_handler(events, async_execution=True, **options)
+    return hook_handler(events, **{**options, "async_execution": True})
 
 
 def conditional_hook(condition: Callable[[HookContext], Any]) -> Callable[[Handler], Handler]:
-    """Let the handler run only where ``condition(context)`` is true; elsewhere it returns None."""
+    """Let the handler run only where ``condition(context)`` is true, a plain function; elsewhere it returns None.
+
+    Raises:
+        ConfigurationError: ``condition`` is none.
+    """
+    if not callable(condition) or is_async(condition):
+        raise ConfigurationError(f"conditional_hook takes a plain function of the context, not {condition!r}")
 
     async def course(context: HookContext, call: Callable[[], Awaitable[Any]], sleep: object) -> Any:
         return await call() if condition(context) else None
@@ -64,7 +77,7 @@ def conditional_hook(condition: Callable[[HookContext], Any]) -> Callable[[Handl
 
 
 def retry_on_failure(
-    times: int = 3,
+    tries: int = 3,
     delay: float = 0.1,
     backoff: float = 2.0,
     errors: type[Exception] | tuple[type[Exception], ...] = Exception,
@@ -72,25 +85,26 @@ def retry_on_failure(
     """Call the handler again when it fails.
 
     Args:
-        times: how often at most in all, from 1; what the last call raises is the failure.
+        tries: how often at most in all, from 1; what the last call raises is the failure.
         delay: seconds before the second call. Where the event waits for the handler, it waits for these, too.
         backoff: what the delay grows by each time, as a factor.
         errors: which exceptions.
 
     Raises:
-        HookRegistrationError: ``times`` is no such number.
+        ConfigurationError: one of these is no such number, or ``errors`` are no exceptions.
     """
-    if not isinstance(times, int) or isinstance(times, bool) or times < 1:
-        raise HookRegistrationError(f"retry_on_failure: times must be an integer of at least 1, not {times!r}")
+    check_count(tries=tries)
+    check_positive(delay=delay, backoff=backoff)
+    _check_exceptions("retry_on_failure", errors if isinstance(errors, tuple) else (errors,))
 
     async def course(
         context: HookContext, call: Callable[[], Awaitable[Any]], sleep: Callable[[float], Awaitable[None]]
     ) -> Any:
-        for attempt in range(times - 1):
+        for attempt in range(tries - 1):
             try:
                 return await call()
             except errors as error:
-                log.warning("a hook failed at %s, call %d of %d: %r", context.event.value, attempt + 1, times, error)
+                log.warning("a hook failed at %s, call %d of %d: %r", context.event.value, attempt + 1, tries, error)
             await sleep(delay * backoff**attempt)
         return await call()
 
@@ -119,7 +133,11 @@ def suppress_errors(*errors: type[Exception], default: Any = None) -> Callable[[
     """Let the handler return ``default`` where it raises one of ``errors`` (any Exception when none is given).
 
     That is a success; the error is only logged, as a warning.
+
+    Raises:
+        ConfigurationError: ``errors`` are no exceptions.
     """
+    _check_exceptions("suppress_errors", errors)
 
     suppressed = errors or (Exception,)
 
@@ -131,6 +149,13 @@ def suppress_errors(*errors: type[Exception], default: Any = None) -> Callable[[
             return default
 
     return _around(course)
+
+
+def _check_exceptions(decorator: str, errors: tuple[object, ...]) -> None:
+    """Refuse what is no class of exceptions, such as the function under a decorator that was not called."""
+    for error in errors:
+        if not (isinstance(error, type) and issubclass(error, Exception)):
+            raise ConfigurationError(f"{decorator} takes classes of exceptions, not {error!r}; write @{decorator}()")
 
 
 def _around(course: _Course) -> Callable[[Handler], Handler]:

@@ -6,6 +6,8 @@ import fcntl
 import json
 import logging
 import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, H
 from model_checkpoint.utils.fork import watch
 
 log = logging.getLogger(__name__)
+_PROBE = 1.0  # seconds; whoever only looks whether a run lives holds its lock for far less
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ExperimentRecoveryHook(BaseHook):
         os.makedirs(self._folder, exist_ok=True)
         self._locks: dict[str, int] = {}
         self._states: dict[str, dict[str, Any]] = {}
+        self._busy = threading.Lock()  # around both: saves end in other threads
         watch(self)
 
     def before_fork(self) -> None:
@@ -68,17 +72,18 @@ class ExperimentRecoveryHook(BaseHook):
         """Let go of the parent's locks: a child that lives on would make a dead run look alive."""
         for lock in self._locks.values():
             os.close(lock)
-        self._locks.clear()
-        self._states.clear()
+        self._locks, self._states, self._busy = {}, {}, threading.Lock()
 
     def execute(self, context: HookContext) -> None:
         """Write or remove the file of a run."""
-        key = context.experiment_id
-        if key is None:
-            return
+        if context.experiment_id is not None:
+            with self._busy:
+                self._note(context.experiment_id, context)
+
+    def _note(self, key: str, context: HookContext) -> None:
         if context.event is HookEvent.ON_EXPERIMENT_START:
             if key not in self._locks:
-                lock = self._lock(key)
+                lock = self._lock(key, patience=_PROBE)
                 if lock is None:
                     log.warning("experiment %s goes on in another process, too; that one keeps its state", key)
                     return
@@ -101,17 +106,20 @@ class ExperimentRecoveryHook(BaseHook):
     def interrupted(self) -> list[InterruptedRun]:
         """Return the runs whose processes died before their end, in the order of their names.
 
-        The checkpoint of each was durable when it was noted. If retention or somebody has removed it since, the newest
-        that is left is what ``load_checkpoint(experiment_id=...)`` loads.
+        Whoever asks at the same time gets the same runs. The checkpoint of each was durable when it was noted. If
+        retention or somebody has removed it since, the newest that is left is what
+        ``load_checkpoint(experiment_id=...)`` loads.
         """
         found = []
         for path in sorted(Path(self._folder).glob("*.json")):
-            lock = None if path.stem in self._locks else self._lock(path.stem)
+            lock = None if path.stem in self._locks else self._lock(path.stem, fcntl.LOCK_SH)
             if lock is None:
                 continue  # it lives
-            state = _read(str(path))
-            os.close(lock)
-            if "name" in state:
+            try:
+                state = _read(str(path))
+            finally:
+                os.close(lock)
+            if isinstance(state.get("name"), str):
                 place = (state.get(name) for name in ("checkpoint_id", "epoch", "step"))
                 found.append(InterruptedRun(path.stem, state["name"], *place))
         return sorted(found, key=lambda run: run.name)
@@ -120,13 +128,16 @@ class ExperimentRecoveryHook(BaseHook):
         """Remove the note of a run that died, which nobody will go on with.
 
         Raises:
-            ConfigurationError: it lives.
+            ConfigurationError: it lives, or there is no such note.
         """
-        lock = self._lock(experiment_id)
-        if lock is None:
-            raise ConfigurationError(f"experiment {experiment_id} goes on; end it first")
-        self._locks[experiment_id] = lock
-        self._forget(experiment_id)
+        if os.path.basename(experiment_id) != experiment_id or not os.path.exists(self._path(experiment_id)):
+            raise ConfigurationError(f"there is no note of an experiment {experiment_id!r}; interrupted() lists them")
+        with self._busy:
+            lock = None if experiment_id in self._locks else self._lock(experiment_id, patience=_PROBE)
+            if lock is None:
+                raise ConfigurationError(f"experiment {experiment_id} goes on; end it first")
+            self._locks[experiment_id] = lock
+            self._forget(experiment_id)
 
     def _forget(self, key: str) -> None:
         Path(self._path(key)).unlink(missing_ok=True)
@@ -137,15 +148,25 @@ class ExperimentRecoveryHook(BaseHook):
     def _path(self, key: str) -> str:
         return os.path.join(self._folder, f"{key}.json")
 
-    def _lock(self, key: str) -> int | None:
-        """Return a descriptor that holds the run's lock; None where a process has it that lives."""
+    def _lock(self, key: str, kind: int = fcntl.LOCK_EX, patience: float = 0.0) -> int | None:
+        """Return a descriptor that holds the run's lock; None where a process has it that lives.
+
+        Args:
+            key: of the run.
+            kind: alone, or ``LOCK_SH``, beside others who only look.
+            patience: seconds to wait for those who only look.
+        """
+        deadline = time.monotonic() + patience
         while True:
             file = os.open(self._lock_path(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except OSError:
                 os.close(file)
-                return None
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.01)
+                continue
             try:
                 if os.path.samestat(os.fstat(file), os.stat(self._lock_path(key))):
                     return file
@@ -160,7 +181,7 @@ class ExperimentRecoveryHook(BaseHook):
 def _read(path: str) -> dict[str, Any]:
     try:
         told = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
 from model_checkpoint.errors import ClaimLostError, ConfigurationError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority
+from model_checkpoint.utils.checks import check_count, check_positive
+from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.heartbeat import Heartbeat
-from model_checkpoint.utils.jsonable import dumps, loads, to_jsonable
+from model_checkpoint.utils.jsonable import dumps, loads, short_text, to_jsonable
 
 log = logging.getLogger(__name__)
+_ENDS = ("completed", "failed", "open")
 
 
 class _Claims(Protocol):
@@ -35,8 +40,12 @@ class _Database(Protocol):
     def claims(self) -> Any:
         """The table of claims."""
 
+    @property
+    def max_name(self) -> int:
+        """Characters of a name."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Claim:
     """A configuration that this worker is to run.
 
@@ -45,12 +54,15 @@ class Claim:
         config: it.
         experiment_id: the experiment of the worker that had it before and died, to go on with; None the first time.
         attempt: 1 the first time.
+        lost: whether it has expired and may be another worker's: what is done now does not count any more.
     """
 
     number: int
     config: dict[str, Any]
     experiment_id: str | None
     attempt: int
+    lost: bool = False
+    holder: str = field(default_factory=lambda: str(uuid4()), repr=False)  # of this claim: forked workers share no name
 
 
 class GridCoordinatorHook(BaseHook):
@@ -65,16 +77,18 @@ class GridCoordinatorHook(BaseHook):
             with ExperimentTracker(f"run {claim.number}", config=claim.config, database_url=url, hook_manager=hooks):
                 train(**claim.config)
 
-    The first experiment that starts after a claim is the claim's, and its end is the claim's end: ``completed`` makes
-    it done; ``failed`` or ``interrupted`` gives it to whoever claims next, or after the last attempt makes it failed.
-    While it goes on, a thread renews the claim. The claim of a worker that died, or was stopped for long, expires and
-    is given to another one; the first worker cannot end it any more, so that each configuration is done once. Machines'
-    clocks must agree better than ``lease``.
+    The first experiment that starts after a claim is the claim's, and its end is the claim's end: ``completed``
+    completes it; ``failed`` or ``interrupted`` gives it to whoever claims next, or after the last attempt makes it
+    failed. A tracker that nobody closes does not end before the process does, and neither does its claim. While it goes
+    on, a thread renews the claim. The claim of a worker that died, or was stopped for long, expires and is given to
+    another one; the first worker cannot end it any more, so that each configuration is completed once. Machines' clocks
+    must agree better than ``lease``. A forked child has no claim.
 
     Args:
         database: an ``EnhancedDatabaseConnection``, kept open by the caller.
         grid: the grid's name; the same for all of its workers.
-        configs: the configurations, the same for all of them: JSON values by name.
+        configs: the configurations, the same for all of them: JSON values by name. A longer list adds to the grid, and
+            workers with a shorter one are given the others, too.
         lease: seconds after which a claim expires that was not renewed; it is renewed three times as often.
         attempts: how many workers may try one configuration before it counts as failed.
         name, priority: see ``BaseHook``.
@@ -97,15 +111,33 @@ class GridCoordinatorHook(BaseHook):
         priority: int = HookPriority.HIGH,
     ) -> None:
         super().__init__(name, priority=priority)
-        if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
-            raise ConfigurationError(f"attempts must be an integer of at least 1, not {attempts!r}")
+        check_count(attempts=attempts)
+        check_positive(lease=lease)
+        if not short_text(grid, "grid", database.max_name).strip():
+            raise ConfigurationError("grid must be a name, not an empty text")
+        if not isinstance(configs, Sequence) or not all(isinstance(config, Mapping) for config in configs):
+            raise ConfigurationError(
+                f"configs must be a list of dicts, one for each configuration, not {configs!r:.200}"
+            )
         self._claims: _Claims = database.claims
         self._grid, self._lease, self._attempts = grid, lease, attempts
-        self._beat = Heartbeat(lease / 3 if isinstance(lease, (int, float)) else lease, self._renew)
-        self._worker = str(uuid4())
-        self._claim: Claim | None = None
-        self._experiment_id: str | None = None
+        self.after_fork_in_child()
+        watch(self)
         self._claims.add(grid, [dumps(to_jsonable(dict(c), f"configs[{n}]")) for n, c in enumerate(configs)])
+
+    def before_fork(self) -> None:
+        """Nothing has to rest."""
+
+    def after_fork_in_parent(self) -> None:
+        """Nothing rested."""
+
+    def after_fork_in_child(self) -> None:
+        """Have no claim: what there is is the parent's."""
+        self._lock = threading.Lock()  # around the next four
+        self._claim: Claim | None = None
+        self._beat: Heartbeat | None = None
+        self._experiment_id: str | None = None
+        self._ending: str | None = None  # how the claim is to end, while the database does not take that
 
     def claim(self, wait: bool = True) -> Claim | None:
         """Return the next configuration for this worker; None when none is left.
@@ -116,33 +148,64 @@ class GridCoordinatorHook(BaseHook):
         Raises:
             ConfigurationError: this worker has a claim that has not ended.
         """
-        if self._claim is not None:
-            raise ConfigurationError(f"configuration {self._claim.number} of grid {self._grid!r} has not ended yet")
         while True:
-            now = time.time()
-            found = self._claims.take(self._grid, self._worker, now, now + self._lease, self._attempts)
-            if found is not None:
-                self._claim = Claim(found.number, loads(found.config), found.experiment_id, found.attempt)
-                self._experiment_id = None
-                self._beat.start()
-                return self._claim
-            if not wait or not self._claims.counts(self._grid)["claimed"]:
+            with self._lock:
+                if self._claim is not None and self._ending is None:
+                    raise ConfigurationError(
+                        f"configuration {self._claim.number} of {self._grid!r} has not ended: release() it, or let its "
+                        "run end with this hook registered; threads need a coordinator each"
+                    )
+                try:
+                    self._end()
+                except ClaimLostError as lost:
+                    log.warning("%s", lost)
+                holder, now = str(uuid4()), time.time()
+                found = self._claims.take(self._grid, holder, now, now + self._lease, self._attempts)
+                if found is not None:
+                    made = Claim(found.number, loads(found.config), found.experiment_id, found.attempt, holder=holder)
+                    self._claim, self._experiment_id = made, None
+                    self._beat = Heartbeat(self._lease / 3, partial(self._renew, made))
+                    return made
+            counts = self.counts()
+            if not counts["claimed"] + counts["open"] or not wait:
                 return None
             time.sleep(min(1.0, self._lease / 4))
 
     def release(self, state: str = "open") -> None:
-        """End the claim: ``done``, ``failed``, or ``open`` for whoever comes next. The end of its run does so, too.
+        """End the claim: ``completed``, ``failed``, or ``open`` for whoever comes next. So does the end of its run.
+
+        After the last attempt, ``open`` is ``failed``.
+
+        Where the database does not take that now, the claim goes on being renewed, and its end is tried again.
 
         Raises:
+            ConfigurationError: ``state`` is none of these.
             ClaimLostError: it had expired, and another worker has it.
+            DatabaseError: the database refused.
         """
-        claim, self._claim = self._claim, None
-        self._beat.stop()
-        if claim is not None and not self._claims.end(self._grid, claim.number, self._worker, state):
+        if state not in _ENDS:
+            raise ConfigurationError(f"state must be one of {', '.join(_ENDS)}, not {state!r}")
+        with self._lock:
+            if self._claim is not None:
+                last = state == "open" and self._claim.attempt >= self._attempts
+                self._ending = "failed" if last else state
+                self._end()
+
+    def _end(self) -> None:
+        """Let the claim end as it is to; the caller holds the lock."""
+        claim, state = self._claim, self._ending
+        if claim is None or state is None:
+            return
+        ended = self._claims.end(self._grid, claim.number, claim.holder, state)
+        self._claim = self._ending = None
+        if self._beat is not None:
+            self._beat.stop()
+        if not ended:
+            claim.lost = True
             raise ClaimLostError(self._grid, claim.number)
 
     def counts(self) -> dict[str, int]:
-        """Return how many configurations are ``open``, ``claimed``, ``done`` and ``failed``."""
+        """Return how many configurations are ``open``, ``claimed``, ``completed`` and ``failed``."""
         return self._claims.counts(self._grid)
 
     def execute(self, context: HookContext) -> None:
@@ -153,17 +216,20 @@ class GridCoordinatorHook(BaseHook):
         if context.event is HookEvent.ON_EXPERIMENT_START:
             if self._experiment_id is None:
                 self._experiment_id = context.experiment_id
-                if not self._claims.bind(self._grid, claim.number, self._worker, context.experiment_id):
+                if not self._claims.bind(self._grid, claim.number, claim.holder, context.experiment_id):
                     raise ClaimLostError(self._grid, claim.number)
         elif context.experiment_id == self._experiment_id:
-            again = "open" if claim.attempt < self._attempts else "failed"
-            self.release("done" if context.data["status"] == "completed" else again)
+            self.release("completed" if context.data["status"] == "completed" else "open")
 
-    def _renew(self) -> None:
-        claim = self._claim
-        if claim is not None and not self._claims.renew(
-            self._grid, claim.number, self._worker, time.time() + self._lease
-        ):
-            self._beat.stop()
-            if self._claim is claim:
-                log.warning("%s", ClaimLostError(self._grid, claim.number))
+    def _renew(self, claim: Claim) -> bool:
+        """Keep a claim alive, or end it where that is still to be done; returns whether there is more to do."""
+        if not self._claims.renew(self._grid, claim.number, claim.holder, time.time() + self._lease):
+            with self._lock:
+                if self._claim is claim:
+                    claim.lost = True
+                    log.warning("%s", ClaimLostError(self._grid, claim.number))
+            return False
+        with self._lock:
+            if self._claim is claim and self._ending is not None:
+                self._end()
+            return self._claim is claim

@@ -13,15 +13,18 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from model_checkpoint.errors import HookRegistrationError, HookTimeoutError
+from model_checkpoint.errors import ConfigurationError, HookRegistrationError, HookTimeoutError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority, HookResult
+from model_checkpoint.hooks.outcomes import forget_frames, interrupt_of, is_veto, text_of, users_interrupt
 from model_checkpoint.hooks.registration import ErrorHandler, Handler, Hook, Options, event_of, hook_of, is_async
 from model_checkpoint.hooks.threads import Pool, await_elsewhere, call_elsewhere
+from model_checkpoint.utils.checks import check_count
 from model_checkpoint.utils.fork import renew_in_child
-from model_checkpoint.utils.jsonable import scalar
 
 log = logging.getLogger(__name__)
 _MOST_TIMEOUTS = 3  # in a row, after which a hook is disabled: each may have left a thread that never ends
+
+_REPORTS = frozenset({HookEvent.ON_ERROR, HookEvent.ON_DATABASE_ERROR})
 
 _inside: ContextVar[bool] = ContextVar("inside a hook", default=False)
 # The errors that handlers are being told of: what goes wrong in them meanwhile is not told, or it would never end.
@@ -55,12 +58,11 @@ class HookManager:
         listening: event -> its hooks in the order in which they run; an event without hooks is not in it.
 
     Raises:
-        HookRegistrationError: ``max_workers`` is no integer of at least 1.
+        ConfigurationError: ``max_workers`` is no integer of at least 1.
     """
 
     def __init__(self, max_workers: int = 4, enable_async: bool = True) -> None:
-        if not isinstance(max_workers, int) or isinstance(max_workers, bool) or max_workers < 1:
-            raise HookRegistrationError(f"max_workers must be an integer of at least 1, not {max_workers!r}")
+        check_count(max_workers=max_workers)
         self.listening: dict[HookEvent, tuple[Hook, ...]] = {}
         self._hooks: dict[str, Hook] = {}
         self._pool = Pool(max_workers)
@@ -132,7 +134,7 @@ class HookManager:
         with self._lock:
             hook = self._hooks.get(name)
             if hook is not None:
-                hook.enabled, hook.timeouts = enabled, 0
+                hook.enabled, hook.timeouts, hook.silenced = enabled, 0, False
                 self._order()
             return hook is not None
 
@@ -164,7 +166,7 @@ class HookManager:
 
         Raises:
             KeyboardInterrupt: the user pressed Ctrl-C while a handler ran; the handlers after it have run.
-            ConfigurationError: there is no such event.
+            ConfigurationError: there is no such event, or ``context`` is something else.
         """
         if type(event) is not HookEvent:
             event = event_of(event)
@@ -173,7 +175,9 @@ class HookManager:
         if context is None:
             ids = {key: more.pop(key, None) for key in ("checkpoint_id", "experiment_id")}
             context = HookContext(event, {**(data or {}), **more}, **ids)
-        result = self.run_hooks(event, context)
+        elif not isinstance(context, HookContext):
+            raise ConfigurationError(f"fire_hook: context must be a HookContext, not {context!r:.200}; use data=...")
+        result = (self._run_report if event in _REPORTS else self.run_hooks)(event, context)
         interrupt = interrupt_of(result) if result.errors else None
         if interrupt is not None:
             raise interrupt
@@ -185,11 +189,21 @@ class HookManager:
         inside = _inside.set(True)
         try:
             for hook in self.listening.get(event, ()):
+                context.event = event  # whatever the one before did to it
+                if type(context.data) is not dict:
+                    context.data = {}
                 if hook.options.async_execution:
                     self._run_in_background(hook, event, context.copy())
                     continue
-                self._run(hook, event, context, result)
-                if hook.timeouts:
+                try:
+                    self._run(hook, event, context, result)
+                except BaseException as error:  # from what it returned or raised: objects that are broken themselves
+                    result.success = False
+                    result.errors[hook.name] = error
+                    hook.failures += 1
+                    log.exception("hook %r failed at %s in a strange way", hook.name, event.value)
+                    error.__traceback__ = None
+                if isinstance(result.errors.get(hook.name), HookTimeoutError):
                     context = context.copy()  # it may go on, and change what it was given
                 if result.stopped_by is not None:
                     result.success = False
@@ -210,15 +224,18 @@ class HookManager:
         if not self._later.submit(partial(self._run_report, event, context)):
             log.warning("%s: its hooks are slower than the events; one was dropped", event.value)
 
-    def _run_report(self, event: HookEvent, context: HookContext) -> None:
+    def _run_report(self, event: HookEvent, context: HookContext) -> HookResult:
         reporting = _reporting.set(_reporting.get() | {event})
         try:
-            self.run_hooks(event, context)
+            return self.run_hooks(event, context)
         finally:
             _reporting.reset(reporting)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until no handler runs in the background; returns whether it came to that within ``timeout`` seconds."""
+        """Wait until no handler runs in the background; returns whether it came to that within ``timeout`` seconds.
+
+        A handler that runs there itself gets False at once.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._later.wait(timeout) and self._pool.wait(
             None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -243,6 +260,7 @@ class HookManager:
         hook.calls += 1
         try:
             returned = self._call(hook.handlers[event], context, hook.options.timeout)
+            vetoed = returned is not None and returned is not True and event.can_be_vetoed and is_veto(returned)
         except BaseException as error:  # noqa: BLE001 - reported below
             failure: BaseException | None = error
         else:
@@ -254,14 +272,13 @@ class HookManager:
         if failure is not None:
             result.success = False
             result.errors[hook.name] = failure
-            self._report(hook, failure, context, result)
-            _forget_frames(failure)
+            result.errors[hook.name] = self._report(hook, event, failure, context)
+            forget_frames(failure)
             return
         result.results[hook.name] = returned
-        if returned is not None and returned is not True and event.can_be_vetoed:
-            told = returned if isinstance(returned, dict) else {"continue": returned}
-            if _is_false(told.get("continue")):
-                result.stopped_by, result.reason = hook.name, told.get("reason")
+        if vetoed:
+            result.stopped_by = hook.name
+            result.reason = returned.get("reason") if isinstance(returned, dict) else None
 
     def _call(self, handler: Handler, context: HookContext, timeout: float | None) -> Any:
         """Call a handler where it belongs, and return what it returns."""
@@ -276,25 +293,30 @@ class HookManager:
             raise TypeError("the handler returned a coroutine, and this manager has enable_async=False")
         return await_elsewhere(returned, timeout)
 
-    def _report(self, hook: Hook, error: BaseException, context: HookContext, result: HookResult) -> None:
-        """Log the failure once, count it, and tell whom the hook names and who listens to ON_ERROR."""
+    def _report(self, hook: Hook, event: HookEvent, error: BaseException, context: HookContext) -> BaseException:
+        """Log the failure once, count it, and tell whom the hook names and who listens to ON_ERROR.
+
+        Returns:
+            It, or the Ctrl-C that came meanwhile.
+        """
         hook.failures += 1
-        if _interrupt(error) is None:
+        if users_interrupt(error) is None:
             text = "hook %r failed at %s; what it watches goes on"
-            log.error(text, hook.name, context.event.value, exc_info=error)
+            log.error(text, hook.name, event.value, exc_info=error)
         hook.timeouts = hook.timeouts + 1 if isinstance(error, HookTimeoutError) else 0
         if hook.timeouts >= _MOST_TIMEOUTS:
             text = "hook %r is disabled: it took too long %d times in a row; enable_hook(%r) lets it run again"
             log.error(text, hook.name, hook.timeouts, hook.name)
             self.disable_hook(hook.name)
+            hook.silenced = True
         if hook.options.error_handler is not None:
             try:
                 hook.options.error_handler(error, context)
             except BaseException as worse:
                 log.exception("the error handler of hook %r failed too", hook.name)
-                if _interrupt(worse) is not None:
-                    result.errors[hook.name] = worse
-        self.report_error("hook", error, context.experiment_id, hook=hook.name, event=context.event.value)
+                error = users_interrupt(worse) or error
+        interrupt = self.report_error("hook", error, context.experiment_id, hook.name, event.value)
+        return interrupt or error
 
     def report_error(
         self,
@@ -303,7 +325,7 @@ class HookManager:
         experiment_id: str | None,
         hook: str | None = None,
         event: str | None = None,
-    ) -> None:
+    ) -> KeyboardInterrupt | None:
         """Fire ON_ERROR for an error that goes no further; one within a handler of ON_ERROR is only logged.
 
         Args:
@@ -311,12 +333,22 @@ class HookManager:
             error: how.
             experiment_id: whose.
             hook, event: whose it is, and at which event, of a hook's.
+
+        Returns:
+            The Ctrl-C that came meanwhile, or None.
         """
         if HookEvent.ON_ERROR not in self.listening or HookEvent.ON_ERROR in _reporting.get():
-            return
-        told = {"source": source, "error": str(error), "error_type": type(error).__name__, "hook": hook, "event": event}
+            return None
+        told = {"source": source, "error_type": type(error).__name__, "hook": hook, "event": event}
         told["traceback"] = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self._run_report(HookEvent.ON_ERROR, HookContext(HookEvent.ON_ERROR, told, None, experiment_id))
+        told["error"] = text_of(error)
+        return interrupt_of(
+            self._run_report(HookEvent.ON_ERROR, HookContext(HookEvent.ON_ERROR, told, None, experiment_id))
+        )
+
+    def silenced(self, event: HookEvent) -> list[str]:
+        """Return the hooks of an event that were disabled because they took too long."""
+        return [hook.name for hook in self._hooks.copy().values() if hook.silenced and event in hook.handlers]
 
     def list_hooks(self, event: HookEvent | None = None) -> list[dict[str, Any]]:
         """Return what is registered, of one event or all, in the order in which it runs.
@@ -345,33 +377,3 @@ class HookManager:
             if name not in self._hooks:
                 raise HookRegistrationError(f"hook {name!r} is not registered; list_hooks() shows those that are")
             return self._hooks[name].stats()
-
-
-def interrupt_of(result: HookResult) -> KeyboardInterrupt | None:
-    """Return the Ctrl-C that came while a handler ran: it is the user's, not the hook's."""
-    return next((error for error in map(_interrupt, result.errors.values()) if error is not None), None)
-
-
-def _interrupt(error: BaseException) -> KeyboardInterrupt | None:
-    """Return it if it is the user's Ctrl-C, as far as one can tell: that comes to the main thread."""
-    in_main = threading.current_thread() is threading.main_thread()
-    return error if in_main and isinstance(error, KeyboardInterrupt) else None
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Drop the traceback of an error that was reported, and those of its causes.
-
-    Their frames, and by way of these the callers', would keep each other, the result and the handler's arrays alive.
-    """
-    left: list[BaseException | None] = [error]
-    while left:
-        each = left.pop()
-        if each is not None and each.__traceback__ is not None and _interrupt(each) is None:
-            each.__traceback__ = None
-            left += [each.__cause__, each.__context__]
-
-
-def _is_false(value: Any) -> bool:
-    """Whether ``value`` is False, NumPy's and torch's included; 0, an empty list and the like are results."""
-    found = scalar(value) if value is not None and not isinstance(value, bool) else value
-    return found is False

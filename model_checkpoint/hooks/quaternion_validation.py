@@ -78,12 +78,13 @@ class QuaternionValidationHook(BaseHook):
         priority: int = HookPriority.HIGH,
     ) -> None:
         super().__init__(name, priority=priority)
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
-            raise ConfigurationError(f"tolerance must be a number between 0 and 1, not {tolerance!r}")
+        _check_tolerance(tolerance)
+        if not isinstance(scalar_first, bool):
+            raise ConfigurationError(f"scalar_first must be True or False, not {scalar_first!r}")
         if action not in ACTIONS:
             raise ConfigurationError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}")
-        if isinstance(keys, str):
-            raise ConfigurationError(f"keys must be a list of names, not the text {keys!r}")
+        if keys is not None and (isinstance(keys, str) or not isinstance(keys, Collection)):
+            raise ConfigurationError(f"keys must be a list of names, not {keys!r}")
         self._tolerance, self._action, self._keys = tolerance, action, keys
         self._scalar = 0 if scalar_first else _QUATERNION - 1
         self._counts = dict.fromkeys(("quaternions", "off_norm", "not_finite", "zero", "negative_scalar", "losses"), 0)
@@ -94,18 +95,19 @@ class QuaternionValidationHook(BaseHook):
         """Check what the event brings."""
         if context.event is HookEvent.AFTER_LOSS_COMPUTATION:
             self._counts["losses"] += 1
-            bad = _count(~_finite(context.data["loss"]))
+            bad = sum(map(_not_finite, _values(context.data["loss"])))
             self._counts["not_finite"] += bad
             return self._judge(context, [f"loss has {bad} values that are not finite"] if bad else [], {})
         key = "inputs" if context.event is HookEvent.BEFORE_TRAINING_STEP else "outputs"
-        problems, normalized = [], {}
-        for name, array in self._quaternions(key, context.data[key]):
+        whole = context.data[key]
+        missing = [] if self._keys is None or not isinstance(whole, Mapping) else sorted(set(self._keys) - whole.keys())
+        problems, normalized = [f"{key}: there is no {name!r}" for name in missing], {}
+        for name, array in self._quaternions(key, whole):
             found = self._check(name, array)
             problems += found
             if found and self._action == "normalize":
                 normalized[name] = _normalized(array)
         if normalized:
-            whole = context.data[key]
             context.set(key, {**whole, **normalized} if isinstance(whole, Mapping) else normalized[key])
             normalized = {key: context.data[key]}
         return self._judge(context, problems, normalized)
@@ -124,7 +126,7 @@ class QuaternionValidationHook(BaseHook):
         found = value.items() if isinstance(value, Mapping) else [(key, value)]
         for name, array in found:
             wanted = self._keys is None or not isinstance(value, Mapping) or name in self._keys
-            if wanted and tuple(array.shape)[-1:] == (_QUATERNION,):
+            if wanted and tuple(getattr(array, "shape", ()))[-1:] == (_QUATERNION,):
                 yield name, array
 
     def _check(self, name: str, array: Any) -> list[str]:
@@ -168,6 +170,9 @@ class QuaternionValidationHook(BaseHook):
 class RotationLossValidationHook(BaseHook):
     """Checks that a loss between rotations fits their representation, their shapes, and its own range.
 
+    The loss may be a number, an array, or a dict of these, which all have to be in the range; outputs and targets are
+    arrays.
+
     Args:
         loss: one of ``LOSSES``: ``geodesic``, ``geodesic_degrees``, ``quaternion_angle``, ``quaternion_dot``,
             ``quaternion_chord``, ``chordal`` or ``mse``.
@@ -201,6 +206,7 @@ class RotationLossValidationHook(BaseHook):
             raise ConfigurationError(
                 f"representation must be one of {', '.join(REPRESENTATIONS)}, not {representation!r}"
             )
+        _check_tolerance(tolerance)
         self._limit, fitting = LOSSES[loss]
         if representation not in fitting:
             why = _WHY_NOT.get((loss, representation), f"it is made for {', '.join(fitting)}")
@@ -214,8 +220,9 @@ class RotationLossValidationHook(BaseHook):
         """Check what the event brings."""
         if context.event is HookEvent.BEFORE_LOSS_COMPUTATION:
             return self._check_shapes(context)
-        loss = _detached(context.data["loss"])
-        lowest, highest = float(loss.min()), float(loss.max())
+        values = [_detached(value) for value in _values(context.data["loss"])]
+        lowest = min((float(v.min()) if hasattr(v, "min") else float(v) for v in values), key=_nan_first)
+        highest = max((float(v.max()) if hasattr(v, "max") else float(v) for v in values), key=_nan_last)
         self._losses += 1
         if lowest == lowest and highest == highest:
             self._lowest, self._highest = min(self._lowest, lowest), max(self._highest, highest)
@@ -240,7 +247,7 @@ class RotationLossValidationHook(BaseHook):
         }
 
     def _check_shapes(self, context: HookContext) -> dict[str, Any] | None:
-        shapes = {key: tuple(context.data[key].shape) for key in ("outputs", "targets")}
+        shapes = {key: tuple(getattr(context.data[key], "shape", ())) for key in ("outputs", "targets")}
         wanted = "x".join(map(str, self._shape))
         problems = [
             f"{key} have the shape {shape}, which does not end in {wanted}"
@@ -269,7 +276,8 @@ def _norms(array: Any) -> Any:
 
 def _normalized(array: Any) -> Any:
     """Return the quaternions divided by their norms; those that have no direction stay as they are."""
-    library = type(array).__module__.partition(".")[0]
+    libraries = [base.__module__.partition(".")[0] for base in type(array).__mro__]
+    library = next(name for name in libraries if name in ("torch", "numpy", "jax", "jaxlib"))
     where = sys.modules["jax.numpy" if library.startswith("jax") else library].where
     norms = _norms(array)
     usable = (_finite(norms) & (norms > 0))[..., None]
@@ -279,6 +287,29 @@ def _normalized(array: Any) -> Any:
 
 def _finite(array: Any) -> Any:
     return abs(array) < math.inf  # not so for NaN either
+
+
+def _values(loss: Any) -> list[Any]:
+    """Return the losses that there are: numbers or arrays."""
+    return list(loss.values()) if isinstance(loss, Mapping) else [loss]
+
+
+def _not_finite(loss: Any) -> int:
+    """Return how many numbers of a loss are not finite."""
+    return int(not _finite(loss)) if isinstance(loss, (int, float)) else _count(~_finite(loss))
+
+
+def _nan_first(value: float) -> tuple[bool, float]:
+    return value == value, value
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return value != value, value
+
+
+def _check_tolerance(tolerance: object) -> None:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ConfigurationError(f"tolerance must be a number between 0 and 1, not {tolerance!r}")
 
 
 def _count(mask: Any) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from threading import TIMEOUT_MAX
 from typing import Any
 
 from model_checkpoint.errors import ConfigurationError, HookRegistrationError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority
+from model_checkpoint.utils.checks import check_positive
 
 Handler = Callable[[HookContext], Any]
 ErrorHandler = Callable[[BaseException, HookContext], Any]
@@ -46,8 +47,8 @@ class Hook:
         name: of it.
         handlers: what to call, by event.
         options: how.
-        is_async: the events whose handlers are ``async def``.
         enabled: whether it runs.
+        silenced: whether it does not because it took too long.
         calls, failures, timeouts: how often it ran, failed and took too long in a row.
         total, shortest, longest: seconds.
     """
@@ -56,6 +57,7 @@ class Hook:
     handlers: Mapping[HookEvent, Handler]
     options: Options
     enabled: bool = True
+    silenced: bool = False
     calls: int = 0
     failures: int = 0
     timeouts: int = 0
@@ -83,7 +85,7 @@ class Hook:
             "total_calls": self.calls,
             "successful_calls": self.calls - self.failures,
             "failed_calls": self.failures,
-            "min_time": self.shortest if self.calls else 0.0,
+            "min_time": 0.0 if self.shortest == float("inf") else self.shortest,
             "avg_time": self.total / self.calls if self.calls else 0.0,
             "max_time": self.longest,
         }
@@ -107,7 +109,7 @@ def hook_of(
         if isinstance(name, BaseHook):
             return _of_object(name, has_pool)
         return _made(marked.name, dict.fromkeys(_events(marked.name, marked.events), name), marked.options, has_pool)
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.strip():
         raise HookRegistrationError(
             f"hook {name!r}: name must be text, an instance of BaseHook or a function decorated with hook_handler"
         )
@@ -118,7 +120,18 @@ def _of_object(hook: BaseHook, has_pool: bool) -> Hook:
     if not hasattr(hook, "name"):
         raise HookRegistrationError(f"hook {type(hook).__name__}: its __init__ must call super().__init__()")
     methods = {event: getattr(hook, event.method) for event in HookEvent if hasattr(hook, event.method)}
-    executes = type(hook).execute is not BaseHook.execute or not methods
+    known = [event.method for event in HookEvent]
+    for name in dir(type(hook)):
+        meant = difflib.get_close_matches(name, known, 1, 0.9) if name.startswith("on_") and name not in known else []
+        if meant:
+            raise HookRegistrationError(f"hook {hook.name!r}: there is no event for {name}(); {meant[0]} is near")
+    if not isinstance(hook.name, str) or not hook.name.strip():
+        raise HookRegistrationError(f"hook {hook.name!r}: name must be text")
+    executes = type(hook).execute is not BaseHook.execute
+    if not executes and not methods:
+        raise HookRegistrationError(
+            f"hook {hook.name!r}: {type(hook).__name__} has neither execute() nor a method such as {known[0]}"
+        )
     handlers = {**dict.fromkeys(_events(hook.name, hook.events), hook.execute), **methods} if executes else methods
     options = Options(hook.priority, hook.timeout, hook.async_execution)
     return _made(hook.name, handlers, options, has_pool)
@@ -156,13 +169,16 @@ def _plugin(name: str) -> object:
 
 def _check_options(name: str, options: Options) -> None:
     timeout = options.timeout
-    if options.error_handler is not None and not callable(options.error_handler):
-        raise HookRegistrationError(f"hook {name!r}: error_handler must be callable, not {options.error_handler!r}")
+    told = options.error_handler
+    if told is not None and (not callable(told) or is_async(told)):
+        raise HookRegistrationError(f"hook {name!r}: error_handler must be a plain function, not {told!r}")
     if not isinstance(options.priority, int) or isinstance(options.priority, bool):
         raise HookRegistrationError(f"hook {name!r}: priority must be an integer, not {options.priority!r}")
-    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if timeout is not None and not (is_number and 0 < timeout <= TIMEOUT_MAX):
-        raise HookRegistrationError(f"hook {name!r}: timeout must be a positive number of seconds, not {timeout!r}")
+    if timeout is not None:
+        try:
+            check_positive(timeout=timeout)
+        except ConfigurationError as error:
+            raise HookRegistrationError(f"hook {name!r}: {error}") from None
     if not isinstance(options.async_execution, bool):
         raise HookRegistrationError(
             f"hook {name!r}: async_execution must be True or False, not {options.async_execution!r}"
@@ -197,6 +213,8 @@ def event_of(event: object) -> HookEvent:
 def _check_handler(name: str, handler: Any) -> None:
     if not callable(handler) or isinstance(handler, type):
         raise HookRegistrationError(f"hook {name!r}: handler must be a function or callable object, not {handler!r}")
+    if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
+        raise HookRegistrationError(f"hook {name!r}: handler is a generator, of which nothing would run; use return")
     try:
         inspect.signature(handler).bind(None)
     except TypeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -31,6 +32,7 @@ _ANSWER = 0.25  # seconds that the event loop has to show that it still turns
 _AT_EXIT = 10.0  # seconds that the end of the process waits for handlers in the background
 _ROOM = 1000  # handlers that may wait for a thread
 
+_in_coroutine: ContextVar[bool] = ContextVar("inside a coroutine of a hook", default=False)
 _acting_for: ContextVar[threading.Thread | None] = ContextVar("the thread that waits for this one", default=None)
 
 
@@ -45,8 +47,7 @@ class _Call:
     def __init__(self, function: Callable[[], Any] | None = None, context: Context | None = None) -> None:
         self._function = function
         self._context = copy_context() if context is None else context
-        self.done = threading.Lock()  # taken until it is; waiting for it can be interrupted at any moment
-        self.done.acquire()
+        self.done = _taken_lock()
         self.value: Any = None
         self.error: BaseException | None = None
 
@@ -68,7 +69,9 @@ class _Call:
         self.error = error
 
     def result(self, timeout: float | None) -> Any:
-        if not self.done.acquire(timeout=-1 if timeout is None else timeout):
+        if timeout is None:
+            self.done.acquire()
+        elif not self.done.acquire(timeout=timeout):
             raise HookTimeoutError(timeout)
         error, self.error = self.error, None
         if error is None:
@@ -132,30 +135,46 @@ def call_elsewhere(function: Callable[[], Any], timeout: float | None) -> Any:
     return function() if call is None else call.result(timeout)
 
 
-class _Loop:
-    """The event loop of hooks and its thread.
+class _BlockedError(Exception):
+    """Another coroutine blocks the event loop; the one that was to run has not begun, and will not."""
 
-    Attributes:
-        thread: where it turns.
-    """
+
+class _Loop:
+    """The event loop of hooks and its thread."""
 
     def __init__(self) -> None:
         import asyncio  # 50 ms, which who has no such handlers does not pay
 
         self.loop: AbstractEventLoop = asyncio.new_event_loop()
+        self._left = False
         self.thread = threading.Thread(target=self._turn, name="model-checkpoint-hook-loop", daemon=True)
 
     def _turn(self) -> None:
-        while True:
+        while not self._left:
             try:
                 self.loop.run_forever()
             except BaseException:  # a SystemExit of a task that a handler has made
                 log.exception("a task that a hook has started ended the event loop of hooks; it goes on")
+        self.loop.close()
+
+    def leave(self) -> None:
+        """Let it end as soon as what blocks it does."""
+        self._left = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
     def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
+        """Run a coroutine to its end, and return what it returns.
+
+        Raises:
+            _BlockedError: another one blocks the loop.
+            HookTimeoutError, BaseException: as ``call_elsewhere``.
+        """
         call, tasks = _Call(), []
+        permit = [None]  # whoever takes it first decides: the loop, which begins, or we, who give up
+        begun = _taken_lock()
 
         async def main() -> None:
+            _in_coroutine.set(True)
             try:
                 call.value = await coroutine
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
@@ -164,7 +183,9 @@ class _Loop:
                 call.done.release()
 
         def begin() -> None:
-            tasks.append(self.loop.create_task(main()))
+            if _take(permit):
+                tasks.append(self.loop.create_task(main()))
+                begun.release()
 
         acting = _acting_for.set(acting_thread())
         try:
@@ -172,6 +193,8 @@ class _Loop:
         finally:
             _acting_for.reset(acting)
         try:
+            if not begun.acquire(timeout=_ANSWER) and _take(permit):
+                raise _BlockedError
             return call.result(timeout)
         except (HookTimeoutError, KeyboardInterrupt):
             self.loop.call_soon_threadsafe(_cancel, tasks)
@@ -179,10 +202,25 @@ class _Loop:
 
     def turns(self) -> bool:
         """Whether it answers; a coroutine that blocks keeps it from that."""
-        answered = threading.Lock()
-        answered.acquire()
+        answered = _taken_lock()
         self.loop.call_soon_threadsafe(answered.release)
         return answered.acquire(timeout=_ANSWER)
+
+
+def _taken_lock() -> threading.Lock:
+    """Return a lock that somebody else is to release; waiting for it can be interrupted at any moment."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _take(permit: list[None]) -> bool:
+    """Return whether this is the first call for ``permit``."""
+    try:
+        permit.pop()
+    except IndexError:
+        return False
+    return True
 
 
 def _cancel(tasks: list[Task[None]]) -> None:
@@ -202,17 +240,29 @@ def await_elsewhere(coroutine: Coroutine[Any, Any, Any], timeout: float | None) 
             made = _Loop()
             _loop = made if start(made.thread) else None
         loop = _loop
-    if loop is None or threading.current_thread() is loop.thread:  # a coroutine that fires an event itself
+    if loop is None or _in_coroutine.get():  # a coroutine that fires an event itself has the loop for that long
         import asyncio
 
         return call_elsewhere(partial(asyncio.run, coroutine), timeout)
     try:
         return loop.run(coroutine, timeout)
+    except _BlockedError:
+        _leave(loop)
     except HookTimeoutError:
         if not loop.turns():
-            with _starting:
-                _loop = None if _loop is loop else _loop  # the next coroutine gets a new one
+            _leave(loop)
         raise
+    return await_elsewhere(coroutine, timeout)
+
+
+def _leave(loop: _Loop) -> None:
+    """Let the next coroutine have a new loop."""
+    global _loop
+    with _starting:
+        mine = _loop is loop
+        _loop = None if mine else _loop
+    if mine:
+        loop.leave()
 
 
 class Pool:
@@ -239,6 +289,7 @@ class Pool:
         self._lock = threading.Lock()
         self._waiting: deque[Callable[[], object]] = deque()
         self._running = 0
+        self._workers: set[threading.Thread] = set()
         self._bells: list[threading.Lock] = []
 
     def submit(self, job: Callable[[], object]) -> bool:
@@ -247,6 +298,7 @@ class Pool:
         Args:
             job: raises nothing.
         """
+        _finish_with_child()
         with self._lock:
             if len(self._waiting) >= _ROOM:
                 return False
@@ -259,9 +311,12 @@ class Pool:
         return True
 
     def _work(self) -> None:
+        me = threading.current_thread()
         while True:
             with self._lock:
+                self._workers.add(me)
                 if not self._waiting:
+                    self._workers.discard(me)
                     self._running -= 1
                     bells, self._bells = (self._bells, []) if not self._running else ([], self._bells)
                     break
@@ -275,33 +330,58 @@ class Pool:
             bell.release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing runs or waits; returns whether it came to that within ``timeout`` seconds."""
-        bell = threading.Lock()
-        bell.acquire()
+        """Wait until nothing runs or waits; returns whether it came to that within ``timeout`` seconds.
+
+        A job, or a thread that a job waits for, gets False at once: it would wait for itself.
+        """
+        bell = _taken_lock()
         with self._lock:
             if not self._running:
                 return True
+            if acting_thread() in self._workers:
+                return False
             self._bells.append(bell)
-        return bell.acquire(timeout=-1 if timeout is None else timeout)
+        came = bell.acquire(timeout=-1 if timeout is None else timeout)
+        if not came:
+            with self._lock:
+                self._bells = [other for other in self._bells if other is not bell]
+        return came
 
 
 _pools: WeakSet[Pool] = WeakSet()
 
 
+_end: float | None = None  # when the end of the process stops waiting
+_child: int | None = None  # this process, if it is one of multiprocessing's, which goes through no exit handlers
+
+
 @atexit.register
-def _finish() -> None:
-    """Wait for what runs in the background: a message that a run has ended should get out."""
-    deadline = time.monotonic() + _AT_EXIT
+def finish() -> None:
+    """Wait at the end of the process for what runs in the background: a message that a run has ended should get out.
+
+    Whoever fires events at the exit calls this afterwards: the order of exit handlers is not in our hands.
+    """
+    global _end
+    _end = _end or time.monotonic() + _AT_EXIT
     for pool in list(_pools):
-        if not pool.wait(max(0.0, deadline - time.monotonic())):
-            log.warning(
-                "hooks in the background took longer than %g s at the end of the process; they end now", _AT_EXIT
-            )
+        if not pool.wait(max(0.0, _end - time.monotonic())):
+            log.warning("hooks in the background took longer than %g s at the end of the process", _AT_EXIT)
+
+
+def _finish_with_child() -> None:
+    """Let the end of a multiprocessing child wait, too."""
+    global _child
+    processes = sys.modules.get("multiprocessing.process")
+    if processes is not None and _child != os.getpid() and processes.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        _child = os.getpid()
+        Finalize(None, finish, exitpriority=0)
 
 
 def _in_child() -> None:
-    global _loop, _starting
-    _loop, _starting = None, threading.Lock()
+    global _loop, _starting, _end
+    _loop, _starting, _end = None, threading.Lock(), None
     _idle.clear()
 
 

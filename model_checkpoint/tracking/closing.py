@@ -12,6 +12,7 @@ from typing import Any
 
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.errors import DatabaseError, ModelCheckpointError, Preempted
+from model_checkpoint.hooks.threads import finish
 from model_checkpoint.performance.batched_writer import BatchedWriter
 from model_checkpoint.tracking.events import RunEvents
 from model_checkpoint.tracking.metric_log import MetricLog
@@ -122,9 +123,11 @@ class Held:
             self._writer.flush()
             if status is not None:
                 self.conclude(status)
-            self._events.ended()
+            if self._process == os.getpid():  # a forked child's end is not the run's
+                self._events.ended()
         finally:
             self.let_go()
+            finish()
 
     def end_with(self, lender: Held) -> None:
         """Store what is buffered, and give the run the status of ``lender``, when that closes the connection."""

@@ -51,6 +51,7 @@ class RunEvents:
         self._hooks = ref(hooks)
         self.experiment_id = experiment.id
         self._place = database.place
+        self._settle = database.settle
         self._status = experiment.status
         self._began = time.monotonic()
         self._watches: dict[str, list[_Watch]] = {}
@@ -60,7 +61,7 @@ class RunEvents:
         if hooks is not None and event in hooks.listening:
             result = hooks.fire_hook(event, data=data, experiment_id=self.experiment_id)
             if result.stopped_by is not None:
-                raise HookVetoError(result.stopped_by, event.value, result.reason)
+                raise HookVetoError(result.stopped_by, event.value, result.reason, self.experiment_id)
 
     def _fire_later(self, event: HookEvent, data: Mapping[str, Any]) -> None:
         hooks = self._hooks()
@@ -80,7 +81,8 @@ class RunEvents:
             self._fire(HookEvent.ON_EXPERIMENT_STATUS_CHANGE, {"status": status, "previous": previous})
 
     def ended(self) -> None:
-        """Tell that the tracker lets go of the experiment."""
+        """Tell that the tracker lets go of the experiment, once the checkpoints that are being saved are durable."""
+        self._settle()
         told = {"status": self._status, "seconds": time.monotonic() - self._began}
         self._fire(HookEvent.ON_EXPERIMENT_END, told)
 
@@ -97,6 +99,8 @@ class RunEvents:
         bounds = [bound for bound in (above, below) if bound is not None]
         if not bounds or any(isinstance(b, bool) or not isinstance(b, (int, float)) or b != b for b in bounds):
             raise ConfigurationError(f"watch_metric({name!r}): give above, below or both as numbers")
+        if not isinstance(name, str) or (len(bounds) == 2 and bounds[0] < bounds[1]):
+            raise ConfigurationError(f"watch_metric({name!r}): {above} and {below} leave nothing between them")
         self._watches.setdefault(name, []).append(_Watch(above, below))
 
     def collected(self, batch: Mapping[str, Columns], spooled: bool) -> None:
@@ -143,7 +147,8 @@ class RunEvents:
 
 def _summary(columns: Columns) -> dict[str, Any]:
     last = len(columns) - 1
-    low, high = min(columns.values), max(columns.values)
+    real = [value for value in columns.values if value == value] or [float("nan")]
+    low, high = min(real), max(real)
     return {"count": last + 1, "last": columns.values[last], "step": columns.step(last), "min": low, "max": high}
 
 

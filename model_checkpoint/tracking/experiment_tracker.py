@@ -373,9 +373,11 @@ class ExperimentTracker(ExperimentDescription):
 
     def _let_go(self) -> None:
         self._ended = True
-        self._events.ended()
-        self._finish.detach()
-        self._held.let_go()
+        try:
+            self._events.ended()
+        finally:
+            self._finish.detach()
+            self._held.let_go()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("cannot copy or pickle a tracker; pass experiment_id, and use ExperimentTracker.resume() there")

@@ -6,48 +6,37 @@ import logging
 import threading
 from collections.abc import Callable
 
-from model_checkpoint.errors import ConfigurationError
+from model_checkpoint.utils.checks import check_positive
 
 log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Calls a function every so often, in a thread, between ``start`` and ``stop``. A forked child has no thread.
+    """Calls a function every so often, in a thread, from now until ``stop``. A forked child has no such thread.
 
     Args:
         seconds: between two calls.
-        beat: called in the thread. What it raises is logged.
+        beat: called in the thread; returns whether to go on. What it raises is logged, and it goes on.
 
     Raises:
         ConfigurationError: ``seconds`` is no number of seconds.
     """
 
-    def __init__(self, seconds: float, beat: Callable[[], object]) -> None:
-        if (
-            isinstance(seconds, bool)
-            or not isinstance(seconds, (int, float))
-            or not 0 < seconds < threading.TIMEOUT_MAX
-        ):
-            raise ConfigurationError(f"seconds between two heartbeats must be a positive number, not {seconds!r}")
+    def __init__(self, seconds: float, beat: Callable[[], bool]) -> None:
+        check_positive(seconds=seconds)
         self._seconds = seconds
         self._beat = beat
-        self._stop: threading.Event | None = None
-
-    def start(self) -> None:
-        """Begin, anew where it goes on already."""
-        self.stop()
         self._stop = threading.Event()
-        threading.Thread(target=self._run, args=(self._stop,), name="model-checkpoint-heartbeat", daemon=True).start()
+        threading.Thread(target=self._run, name="model-checkpoint-heartbeat", daemon=True).start()
 
     def stop(self) -> None:
         """Call it no more; a call that is under way ends by itself."""
-        if self._stop is not None:
-            self._stop.set()
-            self._stop = None
+        self._stop.set()
 
-    def _run(self, stop: threading.Event) -> None:
-        while not stop.wait(self._seconds):
+    def _run(self) -> None:
+        going = True
+        while going and not self._stop.wait(self._seconds):
             try:
-                self._beat()
+                going = self._beat()
             except Exception:
                 log.exception("a heartbeat failed; the next one tries again")

@@ -158,7 +158,7 @@ def best_of(manager: EnhancedCheckpointManager) -> Path:
 
 
 def test_the_link_follows_the_best_by_weighted_criteria(manager: EnhancedCheckpointManager) -> None:
-    hook = BestModelSelectionHook(manager, {"val_loss": 1.0, "accuracy": 2.0}, top_k=2)
+    hook = BestModelSelectionHook(manager, {"val_loss": 1.0, "metrics.accuracy": 2.0}, top_k=2)
     manager.register_hook(hook)
     first = manager.save_checkpoint(MODEL, epoch=1, val_loss=0.5, metrics={"accuracy": 0.5})  # 0.5
     assert os.readlink(best_of(manager)) == first
@@ -224,6 +224,10 @@ def test_what_is_no_link_is_never_replaced(manager: EnhancedCheckpointManager) -
         ({"criteria": {"loss": 1.0}, "top_k": 0}, "top_k"),
         ({"criteria": {"loss": 1.0}, "link": "a/b"}, "link"),
         ({"criteria": {"loss": 1.0}, "link": ".."}, "link"),
+        ({"criteria": {"loss": 1.0}, "link": 5}, "link"),
+        ({"criteria": ["loss"]}, "criteria"),
+        ({"criteria": {"loss": "1"}}, "weight of loss"),
+        ({"criteria": {"loss": 1.0}, "modes": {"lossx": "min"}}, "lossx"),
     ],
 )
 def test_a_selection_that_cannot_be_is_refused(
@@ -293,6 +297,31 @@ def test_a_spike_is_saved_once_and_the_checkpoint_before_it_is_kept(
     assert [told["step"] for told in manager.list_checkpoints()] == [4, 9]  # the one before it, and the newest
 
 
+def test_losses_below_zero_have_spikes_too() -> None:
+    """Log-likelihoods and lower bounds."""
+    decision = SaveDecisionHook(on_spike=3.0)
+    losses = [-1.0, -1.1, -1.2, -0.9, 0.5, 1.5, -1.0, -1.0, 8.0]
+    assert [loss for loss in losses if decision.should_save(0, loss=loss)] == [1.5, 8.0]
+    from_zero = SaveDecisionHook(on_spike=3.0)
+    assert [loss for loss in (0.0, 0.001, 0.0) if from_zero.should_save(0, loss=loss)] == []
+
+
+def test_a_save_that_nobody_asked_about_counts_and_going_back_does_not_stop_saving(
+    manager: EnhancedCheckpointManager,
+) -> None:
+    decision = SaveDecisionHook(every_steps=5)
+    manager.register_hook(decision)
+    due = []
+    for step in range(12):
+        if decision.should_save(step):
+            due.append(step)
+            manager.save_checkpoint(MODEL, step=step)
+        if step == 3:
+            manager.save_checkpoint(MODEL, step=3)  # by hand
+    assert due == [8]
+    assert [step for step in range(4, 16) if decision.should_save(step)] == [9, 14]  # resumed at an earlier one
+
+
 def test_saves_stay_within_the_overhead_allowed(clock: Clock) -> None:
     from model_checkpoint.hooks import HookContext
 
@@ -305,7 +334,9 @@ def test_saves_stay_within_the_overhead_allowed(clock: Clock) -> None:
             clock.now += cost
             spent += cost
             saves.append(step)
-            decision.execute(HookContext(HookEvent.AFTER_CHECKPOINT_SAVE, {"blocked_seconds": cost}, "c", "e"))
+            decision.execute(
+                HookContext(HookEvent.AFTER_CHECKPOINT_SAVE, {"blocked_seconds": cost, "step": step}, "c", "e")
+            )
             if len(saves) > 1:
                 assert decision.overhead <= 0.02 * 1.5  # of the first ones nobody knew what they cost
     assert 0.015 < spent / 10_000 <= 0.0205
@@ -321,7 +352,7 @@ def test_the_overhead_limits_other_reasons_but_not_a_spike(clock: Clock) -> None
     decision.should_save(0, loss=1.0)
     clock.now += 1.0
     assert decision.should_save(1, loss=1.0) == "1 steps"
-    decision.execute(HookContext(HookEvent.AFTER_CHECKPOINT_SAVE, {"blocked_seconds": 5.0}, "c", "e"))
+    decision.execute(HookContext(HookEvent.AFTER_CHECKPOINT_SAVE, {"blocked_seconds": 5.0, "step": 1}, "c", "e"))
     clock.now += 50.0
     assert decision.should_save(2, loss=1.0) is None
     assert "10" in str(decision.should_save(3, loss=10.0))
@@ -346,6 +377,7 @@ def test_the_cost_of_a_save_is_what_the_manager_measured(manager: EnhancedCheckp
         ({"every_steps": 0}, "every_steps"),
         ({"every_minutes": 0}, "every_minutes"),
         ({"on_spike": -1}, "on_spike"),
+        ({"on_spike": 1.0}, "on_spike"),
         ({"max_overhead": 1}, "max_overhead"),
         ({"max_overhead": "1%"}, "max_overhead"),
         ({"on_improvement": "x", "mode": "best"}, "mode"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from model_checkpoint.errors import HookRegistrationError
+from model_checkpoint.errors import ConfigurationError, HookRegistrationError
 from model_checkpoint.hooks import (
     BaseHook,
     HookContext,
@@ -138,21 +139,22 @@ def test_a_conditional_hook_runs_where_its_condition_holds(hooks: HookManager, k
 
 @BOTH
 def test_retrying_ends_with_the_first_success_or_the_last_failure(hooks: HookManager, kind: Any) -> None:
-    retry = retry_on_failure(times=3, delay=0.001, errors=OSError)
+    retry = retry_on_failure(tries=3, delay=0.001, errors=OSError)
     assert fire(hooks, retry(kind(failing(0)))) == 1
     assert fire(hooks, retry(kind(failing(2)))) == 3
     with pytest.raises(OSError, match="failure 3"):
         fire(hooks, retry(kind(failing(3))))
     with pytest.raises(KeyError, match="failure 1"):  # not one of those that are tried again
         fire(hooks, retry(kind(failing(1, KeyError))))
-    with pytest.raises(HookRegistrationError, match="times"):
-        retry_on_failure(times=0)
+    for wrong in ({"tries": 0}, {"delay": -1}, {"delay": "x"}, {"backoff": None}, {"errors": 5}, {"errors": (5,)}):
+        with pytest.raises(ConfigurationError):
+            retry_on_failure(**wrong)
 
 
 def test_the_delay_grows_between_tries(hooks: HookManager, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("model_checkpoint.hooks.decorators.time.sleep", slept.append)
-    assert fire(hooks, retry_on_failure(times=4, delay=0.5, backoff=3.0)(failing(3))) == 4
+    assert fire(hooks, retry_on_failure(tries=4, delay=0.5, backoff=3.0)(failing(3))) == 4
     assert slept == [0.5, 1.5, 4.5]
 
 
@@ -186,10 +188,58 @@ def test_suppressed_errors_are_warnings_and_others_are_not_suppressed(
 @BOTH
 def test_decorators_can_be_stacked_in_any_order(hooks: HookManager, kind: Any) -> None:
     marked = hook_handler(AFTER, name="inner")(kind(failing(2)))
-    handler = suppress_errors(default="gave up")(retry_on_failure(times=2, delay=0.001)(benchmark_hook(marked)))
+    handler = suppress_errors(default="gave up")(retry_on_failure(tries=2, delay=0.001)(benchmark_hook(marked)))
     hooks.register_hook(handler)  # what is noted innermost is found outside, too
     assert hooks.fire_hook(AFTER).results == {"inner": "gave up"}
     assert hooks.fire_hook(AFTER).results == {"inner": 3}
+
+
+def test_decorators_that_were_not_called_or_cannot_work_are_refused(hooks: HookManager) -> None:
+    def handler(context: HookContext) -> None: ...
+
+    async def later(context: HookContext) -> bool:
+        return False
+
+    for decorate in (suppress_errors, retry_on_failure):
+        with pytest.raises(ConfigurationError):
+            decorate(handler)  # type: ignore[operator]
+    for condition in (None, later):
+        with pytest.raises(ConfigurationError, match="plain function"):
+            conditional_hook(condition)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="name="):
+        hook_handler(AFTER)(functools.partial(handler))
+    hooks.register_hook(async_hook_handler(AFTER, async_execution=True)(handler))
+
+
+def test_what_would_never_run_is_refused(hooks: HookManager) -> None:
+    def generator(context: HookContext) -> Any:
+        yield 1
+
+    async def generator_too(context: HookContext) -> Any:
+        yield 1
+
+    async def tell(error: BaseException, context: HookContext) -> None: ...
+
+    for wrong in (generator, generator_too):
+        with pytest.raises(HookRegistrationError, match=r"'h'.*generator"):
+            hooks.register_hook("h", wrong, [AFTER])
+    with pytest.raises(HookRegistrationError, match=r"'h'.*error_handler"):
+        hooks.register_hook("h", lambda context: None, [AFTER], error_handler=tell)
+    for name in ("", " ", "\n"):
+        with pytest.raises(HookRegistrationError, match="name must be text"):
+            hooks.register_hook(name, lambda context: None, [AFTER])
+    assert hooks.list_hooks() == []
+
+
+def test_one_event_is_enough_for_an_object(hooks: HookManager) -> None:
+    class One(BaseHook):
+        events = HookEvent.ON_ERROR  # type: ignore[assignment]
+
+        def execute(self, context: HookContext) -> None: ...
+
+    hooks.register_hook(One())
+    hooks.register_hook(One("two", events=AFTER))
+    assert [told["events"] for told in hooks.list_hooks()] == [["on_error"], ["after_checkpoint_save"]]
 
 
 # --- packages -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -11,15 +12,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker, Queries
 from model_checkpoint.database import EnhancedDatabaseConnection
-from model_checkpoint.errors import ClaimLostError, ConfigurationError, UnsupportedValueError
+from model_checkpoint.errors import ClaimLostError, ConfigurationError, DatabaseError, UnsupportedValueError
 from model_checkpoint.hooks import HookContext, HookEvent, HookManager
 from model_checkpoint.hooks.grid_monitoring import (
+    Claim,
     ExperimentRecoveryHook,
     GridCoordinatorHook,
     GridProgressHook,
@@ -47,10 +49,10 @@ def file(tmp_path: Path) -> str:
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_of_12_over_4_processes_of_which_one_is_killed_is_done_once_each(url: str, tmp_path: Path) -> None:
+def test_a_grid_of_12_over_4_processes_of_which_one_is_killed_is_completed_once_each(url: str, tmp_path: Path) -> None:
     EnhancedDatabaseConnection(url).close()
     (tmp_path / "slow 0").touch()  # which the first worker finds, and waits in the middle of a run
-    arguments = [sys.executable, str(WORKER), url, str(tmp_path), "2.0"]
+    arguments = [sys.executable, str(WORKER), url, str(tmp_path), "5.0"]
     first = subprocess.Popen([*arguments, "0"], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None
     assert first.stdout.readline() == "at work\n"
@@ -75,10 +77,10 @@ def test_a_grid_of_12_over_4_processes_of_which_one_is_killed_is_done_once_each(
         assert [run.status for run in runs] == ["completed"] * 12  # nothing was begun anew
         assert sorted(run.config["seed"] for run in runs) == list(range(12))
     database = EnhancedDatabaseConnection(url)
-    assert database.claims.counts("grid") == {"open": 0, "claimed": 0, "done": 12, "failed": 0}
+    assert database.claims.counts("grid") == {"open": 0, "claimed": 0, "completed": 12, "failed": 0}
     database.close()
     progress = read_progress(tmp_path / "progress.jsonl", total=12)
-    assert (progress["done"], progress["failed"], progress["running"], progress["dead"]) == (12, 0, 0, 0)
+    assert (progress["completed"], progress["failed"], progress["running"], progress["dead"]) == (12, 0, 0, 0)
     assert progress["eta_seconds"] == 0
     assert ExperimentRecoveryHook(tmp_path / "running").interrupted() == []
 
@@ -97,6 +99,13 @@ def coordinator(database: EnhancedDatabaseConnection, count: int = 3, **options:
     return GridCoordinatorHook(database, "g", [{"n": number} for number in range(count)], **options)
 
 
+def stand_still(database: EnhancedDatabaseConnection, worker: GridCoordinatorHook, claim: Claim) -> None:
+    """Let a worker be as one whose process has been stopped for longer than its lease."""
+    assert worker._beat is not None
+    worker._beat.stop()
+    assert database.claims.renew("g", claim.number, claim.holder, time.time() - 1)
+
+
 def test_workers_get_different_configurations_until_none_is_left(database: EnhancedDatabaseConnection) -> None:
     first, second = coordinator(database), coordinator(database)
     claims = [first.claim(), second.claim()]
@@ -106,19 +115,19 @@ def test_workers_get_different_configurations_until_none_is_left(database: Enhan
     ]
     with pytest.raises(ConfigurationError, match="has not ended"):
         first.claim()
-    first.release("done")
+    first.release("completed")
     third = first.claim()
     assert third is not None
     assert third.number == 2
-    assert first.counts() == {"open": 0, "claimed": 2, "done": 1, "failed": 0}
+    assert first.counts() == {"open": 0, "claimed": 2, "completed": 1, "failed": 0}
     second.release("open")
     again = second.claim()
     assert again is not None
     assert (again.number, again.attempt) == (1, 2)
-    first.release("done")
+    first.release("completed")
     second.release("failed")
     assert first.claim() is None
-    assert first.counts() == {"open": 0, "claimed": 0, "done": 2, "failed": 1}
+    assert first.counts() == {"open": 0, "claimed": 0, "completed": 2, "failed": 1}
 
 
 def test_many_threads_claim_each_configuration_once(database: EnhancedDatabaseConnection) -> None:
@@ -128,7 +137,7 @@ def test_many_threads_claim_each_configuration_once(database: EnhancedDatabaseCo
         mine = coordinator(database, 40)
         while (claim := mine.claim()) is not None:
             got.append(claim.number)
-            mine.release("done")
+            mine.release("completed")
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -144,39 +153,118 @@ def test_a_claim_that_expired_goes_to_another_worker_and_its_first_one_cannot_en
     first, second = coordinator(database, 1), coordinator(database, 1)
     claimed = first.claim()
     assert claimed is not None
-    first._beat.stop()  # as when its process stands still
-    database.claims.renew("g", 0, first._worker, time.time() - 1)
+    stand_still(database, first, claimed)
     taken = second.claim()
     assert taken is not None
     assert (taken.number, taken.attempt) == (0, 2)
     with pytest.raises(ClaimLostError, match="another worker's"):
-        first.release("done")
+        first.release("completed")
+    assert claimed.lost
+    assert not taken.lost
     assert second.counts()["claimed"] == 1
-    second.release("done")
-    assert second.counts()["done"] == 1
+    second.release("completed")
+    assert second.counts()["completed"] == 1
 
 
 def test_a_claim_is_renewed_while_its_worker_lives(file: str) -> None:
     database = EnhancedDatabaseConnection(file)
-    first, second = coordinator(database, 1, lease=0.3), coordinator(database, 1, lease=0.3)
-    assert first.claim() is not None
-    until = time.monotonic() + 1.0  # more than three leases
-    while time.monotonic() < until:
-        assert second.claim(wait=False) is None
-    first.release("done")
-    assert second.claim() is None
+    first = coordinator(database, 1, lease=0.6)
+    claim = first.claim()
+    assert claim is not None
+    seen: set[float] = set()
+    until = time.monotonic() + DEADLINE
+    while len(seen) < 4:  # it was put off three times
+        assert time.monotonic() < until
+        ((expires,),) = database.query("SELECT expires_at FROM claims")
+        seen.add(expires)
+    first.release("completed")
+    assert first.claim() is None
     database.close()
+
+
+def test_a_late_renewal_of_an_ended_claim_leaves_the_next_one_alone(
+    database: EnhancedDatabaseConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = coordinator(database, 2)
+    first = grid.claim()
+    assert first is not None
+    grid.release("completed")
+    second = grid.claim()
+    assert second is not None
+    beat = grid._beat
+    assert not grid._renew(first)  # which was under way
+    assert (first.lost, second.lost, grid._beat is beat) == (False, False, True)
+    assert beat is not None
+    assert not beat._stop.is_set()
+    grid.release("completed")
+    assert beat._stop.is_set()
+
+
+def test_the_end_of_a_claim_is_tried_again_where_the_database_refuses_it(
+    database: EnhancedDatabaseConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = HookManager()
+    grid = coordinator(database, 1)
+    hooks.register_hook(grid)
+    claim = grid.claim()
+    assert claim is not None
+    hooks.fire_hook(HookEvent.ON_EXPERIMENT_START, experiment_id="e", name="n")
+
+    def refuse(*_: object) -> NoReturn:
+        raise DatabaseError("locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database.claims, "end", refuse)
+        hooks.fire_hook(HookEvent.ON_EXPERIMENT_END, experiment_id="e", status="completed")
+    assert grid.counts()["claimed"] == 1
+    assert not grid._renew(claim)  # the next heartbeat
+    assert grid.counts()["completed"] == 1
+    assert grid.claim() is None
+
+
+def test_a_forked_worker_has_no_claim_and_its_end_is_not_its_parents(file: str, tmp_path: Path) -> None:
+    """A data loader's process ends; the run and its claim go on."""
+    code = """
+import os, sys
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.database import EnhancedDatabaseConnection
+from model_checkpoint.hooks import HookEvent, HookManager
+from model_checkpoint.hooks.grid_monitoring import GridCoordinatorHook
+hooks, database = HookManager(), EnhancedDatabaseConnection(sys.argv[1])
+ends = [HookEvent.ON_EXPERIMENT_END, HookEvent.ON_SYSTEM_SHUTDOWN]
+hooks.register_hook("tell", lambda c: print(c.event.value, os.getpid() == parent, flush=True), ends)
+grid = GridCoordinatorHook(database, "g", [{"n": 0}])
+hooks.register_hook(grid)
+parent = os.getpid()
+grid.claim()
+tracker = ExperimentTracker("run", database_url=sys.argv[1], hook_manager=hooks)
+manager = EnhancedCheckpointManager(tracker, sys.argv[2])
+if os.fork() == 0:
+    assert grid._claim is None
+    sys.exit(0)
+os.wait()
+assert grid.counts()["claimed"] == 1, grid.counts()
+tracker.close()
+assert grid.counts()["completed"] == 1, grid.counts()
+manager.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, file, str(tmp_path / "c")], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["on_experiment_end True", "on_system_shutdown True"]
 
 
 def test_whoever_waits_gets_what_a_dead_worker_left(file: str) -> None:
     database = EnhancedDatabaseConnection(file)
     first, second = coordinator(database, 1, lease=0.2), coordinator(database, 1, lease=0.2)
-    assert first.claim() is not None
-    first._beat.stop()
+    claimed = first.claim()
+    assert claimed is not None
+    stand_still(database, first, claimed)
     taken = second.claim()  # waits for the lease to expire
     assert taken is not None
     assert taken.attempt == 2
-    second.release("done")
+    second.release("completed")
     database.close()
 
 
@@ -193,9 +281,9 @@ def test_after_the_last_attempt_a_configuration_has_failed(database: EnhancedDat
     assert grid.claim() is None
     assert grid.counts()["failed"] == 1
     dies = coordinator(database, 2, attempts=1)
-    assert dies.claim() is not None
-    dies._beat.stop()
-    database.claims.renew("g", 1, dies._worker, time.time() - 1)
+    claimed = dies.claim()
+    assert claimed is not None
+    stand_still(database, dies, claimed)
     assert coordinator(database, 2, attempts=1).claim() is None
     assert grid.counts()["failed"] == 2
 
@@ -210,7 +298,7 @@ def test_the_first_experiment_after_a_claim_is_the_claims_and_others_are_not(fil
     with ExperimentTracker("it", database_url=file, hook_manager=hooks) as tracker:
         tracker.child("a part of it").close()
         assert grid.counts()["claimed"] == 1
-    assert grid.counts()["done"] == 1
+    assert grid.counts()["completed"] == 1
     assert hooks.list_hooks()[0]["failures"] == 0
     database.close()
 
@@ -222,10 +310,32 @@ def test_a_grid_cannot_be_another_one_under_the_same_name(database: EnhancedData
         GridCoordinatorHook(database, "g", [{"n": 0}, {"n": 7}])
     with pytest.raises(UnsupportedValueError, match=r"configs\[1\]\.n"):
         GridCoordinatorHook(database, "h", [{"n": 0}, {"n": object()}])
-    assert database.claims.counts("h") == {"open": 0, "claimed": 0, "done": 0, "failed": 0}
-    for wrong in ({"lease": 0}, {"lease": "1"}, {"lease": float("nan")}, {"attempts": 0}):
+    assert database.claims.counts("h") == {"open": 0, "claimed": 0, "completed": 0, "failed": 0}
+    for wrong in ({"lease": 0}, {"lease": "1"}, {"lease": float("nan")}, {"lease": True}, {"attempts": 0}):
         with pytest.raises(ConfigurationError):
             coordinator(database, 4, **wrong)
+    for configs in ([5], {"n": [0]}, None):
+        with pytest.raises(ConfigurationError, match="configs"):
+            GridCoordinatorHook(database, "g", configs)  # type: ignore[arg-type]
+    for name in (5, "", " ", "x" * 2_000_000, "\ud800"):
+        with pytest.raises((ConfigurationError, UnsupportedValueError), match="grid"):
+            GridCoordinatorHook(database, name, [])  # type: ignore[arg-type]
+    grid = coordinator(database, 4)
+    assert grid.claim() is not None
+    with pytest.raises(ConfigurationError, match=r"'done'|completed, failed, open"):
+        grid.release("finished")
+    grid.release("completed")
+
+
+def test_the_end_of_a_run_waits_for_its_checkpoints(file: str, tmp_path: Path) -> None:
+    """Otherwise its configuration could be completed and its last checkpoint lost."""
+    told: list[str] = []
+    hooks = HookManager()
+    both = [HookEvent.AFTER_CHECKPOINT_SAVE, HookEvent.ON_EXPERIMENT_END]
+    hooks.register_hook("order", lambda context: told.append(context.event.value), both)
+    with ExperimentTracker("run", database_url=file, hook_manager=hooks) as tracker:
+        EnhancedCheckpointManager(tracker, tmp_path / "c").save_checkpoint(MODEL, blocking=False)
+    assert told == ["after_checkpoint_save", "on_experiment_end"]
 
 
 # --- progress -----------------------------------------------------------------------------------------------------
@@ -243,7 +353,7 @@ def test_progress_is_noted_a_line_for_each_event_and_summed_up(file: str, tmp_pa
         tracker.close(status)
     with ExperimentTracker("the last", database_url=file, hook_manager=hooks) as running:
         progress = hook.progress()
-        assert (progress["total"], progress["done"], progress["failed"]) == (4, 2, 1)
+        assert (progress["total"], progress["completed"], progress["failed"]) == (4, 2, 1)
         assert (progress["running"], progress["dead"]) == (1, 0)
         assert 0 < progress["eta_seconds"] < DEADLINE
         assert progress["experiments"][running.experiment_id]["state"] == "running"
@@ -283,7 +393,7 @@ def test_a_run_whose_process_is_silent_is_dead_and_heartbeats_keep_it_alive(tmp_
     with path.open("a") as file:
         file.write(json.dumps(late) + "\n")
     told = read_progress(path, patience=50)
-    assert (told["done"], told["dead"]) == (1, 1)
+    assert (told["completed"], told["dead"]) == (1, 1)
 
 
 def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
@@ -293,9 +403,41 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
     hooks.register_hook(GridProgressHook(path))
     hooks.fire_hook(HookEvent.ON_EXPERIMENT_START, experiment_id="e", name="n")
     assert read_progress(path)["running"] == 1
+    with path.open("a") as file:
+        for line in ("{}", '{"time": "x"}', "[1]", "[" * 100_000, '{"time": 1, "host": [], "pid": null, "event": 5}'):
+            file.write(f"{line}\n")
+        for line in ({"event": "started"}, {"event": "ended", "experiment_id": "e", "seconds": None}):
+            file.write(json.dumps({"time": 1.0, "host": "h", "pid": 1, **line}) + "\n")
+    assert read_progress(path)["running"] == 1
+    nothing = read_progress(tmp_path / "not there", total=3)
+    assert (nothing["completed"], nothing["running"], nothing["eta_seconds"]) == (0, 0, None)
     for wrong in ({"total": 0}, {"heartbeat": 0}, {"heartbeat": "1"}):
         with pytest.raises(ConfigurationError):
             GridProgressHook(path, **wrong)
+
+
+def test_runs_that_start_at_once_share_a_heartbeat_and_a_forked_child_has_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "progress.jsonl"
+    hook = GridProgressHook(path, heartbeat=0.05)
+    starts = [HookContext(HookEvent.ON_EXPERIMENT_START, {"name": "n"}, None, key) for key in "ab"]
+    threads = [threading.Thread(target=hook.execute, args=(start,)) for start in starts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert hook._beat is not None
+    pid = os.fork()
+    if pid == 0:
+        try:
+            hook.execute(HookContext(HookEvent.ON_EXPERIMENT_START, {"name": "n"}, None, "c"))
+            good = hook._beat is not None and list(hook._names) == ["c"]
+        finally:
+            os._exit(0 if good else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for key in "ab":
+        end = {"status": "completed", "seconds": 1.0}
+        hook.execute(HookContext(HookEvent.ON_EXPERIMENT_END, end, None, key))
+    assert hook._beat is None
 
 
 def test_lines_of_many_processes_stay_whole(tmp_path: Path) -> None:
@@ -368,33 +510,49 @@ def test_a_forked_child_does_not_keep_a_dead_run_alive(tmp_path: Path) -> None:
     hook = ExperimentRecoveryHook(tmp_path)
     start = HookContext(HookEvent.ON_EXPERIMENT_START, {"name": "n"}, None, "e")
     reading, writing = os.pipe()
+    waiting, going = os.pipe()
     pid = os.fork()
     if pid == 0:  # the run, whose child lives longer
+        os.close(going)
         hook.execute(start)
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
+        if os.fork() == 0:
             os.write(writing, b"1")
-            time.sleep(1000)
-        os.write(writing, str(child).encode())
+            os.read(waiting, 1)  # until the test is over
+            os._exit(0)
         os._exit(1)
+    os.close(waiting)
     os.waitpid(pid, 0)
-    os.close(writing)
-    told = b""
-    while len(told) < 2:
-        told += os.read(reading, 100)
-    os.close(reading)
-    child = int(told.replace(b"1", b"", 1)) if told.startswith(b"1") else int(told[:-1])
     try:
+        assert os.read(reading, 1) == b"1"
         assert [run.name for run in hook.interrupted()] == ["n"]
     finally:
-        os.kill(child, signal.SIGKILL)
+        for end in (reading, writing, going):
+            os.close(end)
+
+
+def test_a_look_at_runs_that_died_does_not_keep_one_from_starting(tmp_path: Path) -> None:
+    looks, starts = ExperimentRecoveryHook(tmp_path), ExperimentRecoveryHook(tmp_path)
+    look = looks._lock("e", fcntl.LOCK_SH)
+    assert look is not None
+    timer = threading.Timer(0.1, os.close, [look])
+    timer.start()
+    starts.execute(HookContext(HookEvent.ON_EXPERIMENT_START, {"name": "n"}, None, "e"))
+    timer.join(DEADLINE)
+    assert "e" in starts._locks
+    assert looks.interrupted() == []
+    starts.execute(HookContext(HookEvent.ON_EXPERIMENT_END, {"status": "completed"}, None, "e"))
 
 
 def test_a_damaged_note_is_passed_over_and_two_processes_do_not_share_one(tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text("{")
+    for number, content in enumerate(("{", "5", '{"name": 5}', "[" * 100_000)):
+        (tmp_path / f"broken{number}.json").write_text(content)
+    (tmp_path.parent / "precious.json").write_text("{}")
     first, second = ExperimentRecoveryHook(tmp_path), ExperimentRecoveryHook(tmp_path)
     assert first.interrupted() == []
+    for wrong in ("../precious", "nope", ""):
+        with pytest.raises(ConfigurationError, match="no note"):
+            first.forget(wrong)
+    assert (tmp_path.parent / "precious.json").exists()
     start = HookContext(HookEvent.ON_EXPERIMENT_START, {"name": "n"}, None, "e")
     end = HookContext(HookEvent.ON_EXPERIMENT_END, {"status": "completed"}, None, "e")
     first.execute(start)

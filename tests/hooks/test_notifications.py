@@ -188,6 +188,74 @@ def test_messages_go_to_allowed_hosts_only(url: Any, hosts: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"headers": {"Authorization": "Bearer SEKRET\n"}},
+        {"headers": {"A": None}},
+        {"headers": {"Ä": "b"}},
+        {"secret": ""},
+        {"secret": 5},
+        {"url": "http://127.0.0.1/SEKRET a"},
+        {"url": "http://127.0.0.1/SEKRETä"},
+        {"url": "http://user:SEKRET@127.0.0.1/x"},
+        {"url": "http://127.0.0.1:99999/SEKRET"},
+        {"url": "http://127.0.0.1:SEKRET/x"},
+        {"url": "http://[::1/SEKRET"},
+        {"allowed_hosts": [5]},
+    ],
+)
+def test_what_cannot_be_sent_is_refused_when_it_is_given_without_telling_a_secret(wrong: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"url": "http://127.0.0.1/x", "allowed_hosts": ["127.0.0.1"], **wrong}
+    with pytest.raises(ConfigurationError) as caught:
+        WebhookNotificationHook(**given)
+    assert "SEKRET" not in str(caught.value)
+
+
+def drip(listener: socket.socket, begin: bytes, again: bytes, stop: threading.Event) -> None:
+    """Answer every connection with ``begin``, and then with ``again`` for ever."""
+    while not stop.is_set():
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        try:
+            connection.sendall(begin)
+            while not stop.wait(0.001):
+                connection.sendall(again)
+        except OSError:
+            connection.close()
+
+
+@pytest.fixture(params=["headers", "continue", "greeting"])
+def endless(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """A server whose answer never ends, of a kind, and its port."""
+    begin, again = {
+        "headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        "greeting": (b"", b"220-and more\r\n" * 100),
+    }[request.param]
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener, begin, again, stop), daemon=True)
+        thread.start()
+        yield request.param, listener.getsockname()[1]
+        stop.set()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(DEADLINE)
+
+
+def test_an_answer_that_never_ends_is_cut_off(endless: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    kind, port = endless
+    options: dict[str, Any] = {"tries": 2, "delay": 0.001, "request_timeout": 0.3}
+    if kind == "greeting":
+        hook: Any = EmailNotificationHook("127.0.0.1", port, "a@b.c", ["d@e.f"], security="none", **options)
+    else:
+        hook = WebhookNotificationHook(f"http://127.0.0.1:{port}/", ["127.0.0.1"], **options)
+    assert failures(fire(hook)) == 1  # which waits for it
+    assert "did not answer as one should" in caplog.text
+
+
+@pytest.mark.parametrize(
     "options", [{"tries": 0}, {"delay": 0}, {"request_timeout": -1}, {"request_timeout": float("nan")}, {"delay": "1"}]
 )
 def test_what_cannot_be_tried_is_refused(options: dict[str, Any]) -> None:
@@ -250,6 +318,9 @@ def contexts(authority: Any) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, client
 
 
+ENCRYPTED = pytest.mark.parametrize("mail", ["starttls", "ssl"], indirect=True)
+
+
 @pytest.fixture(params=["none", "starttls", "ssl"])
 def mail(request: pytest.FixtureRequest, mailbox: Mailbox, authority: Any) -> Iterator[dict[str, Any]]:
     """A mail server, and the arguments that reach it."""
@@ -291,6 +362,8 @@ def test_an_event_arrives_as_an_email(mail: dict[str, Any], mailbox: Mailbox) ->
     assert failures(hooks) == 0
     (message,), (envelope,) = mailbox.messages, mailbox.envelopes
     assert message["Subject"] == "on_experiment_end: e-1"
+    assert message["Date"]
+    assert message["Message-ID"]
     assert (message["From"], message["To"]) == ("engine@example.org", "me@example.org, you@example.org")
     assert envelope.rcpt_tos == ["me@example.org", "you@example.org"]
     text = message.get_content()
@@ -298,21 +371,22 @@ def test_an_event_arrives_as_an_email(mail: dict[str, Any], mailbox: Mailbox) ->
         assert line in text.splitlines()
 
 
-def test_a_login_goes_out_encrypted_only(mail: dict[str, Any], mailbox: Mailbox) -> None:
-    if mail["security"] == "none":
-        with pytest.raises(ConfigurationError, match="without encryption"):
-            EmailNotificationHook(**mail, username="me", password="right")
-        return
+def test_no_login_goes_out_without_encryption() -> None:
+    with pytest.raises(ConfigurationError, match="without encryption"):
+        EmailNotificationHook("a", 25, "a@b.c", ["d@e.f"], username="me", password="right", security="none")
+
+
+@ENCRYPTED
+def test_a_login_goes_out_encrypted(mail: dict[str, Any], mailbox: Mailbox) -> None:
     assert failures(fire(EmailNotificationHook(**mail, username="me", password="right"))) == 0
     assert mailbox.logins == [(b"me", b"right")]
     assert len(mailbox.messages) == 1
 
 
+@ENCRYPTED
 def test_a_wrong_password_is_not_tried_again_and_not_logged(
     mail: dict[str, Any], mailbox: Mailbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if mail["security"] == "none":
-        return
     with caplog.at_level(logging.DEBUG, "model_checkpoint"):
         assert failures(fire(EmailNotificationHook(**mail, username="me", password="wr0ng"))) == 1
     assert 1 <= len(mailbox.logins) <= 2  # the client goes through the ways of logging in, once
@@ -333,9 +407,35 @@ def test_a_mail_server_that_is_busy_is_tried_again_and_one_that_refuses_is_not(
     assert failures(fire(EmailNotificationHook(**{**mail, "recipients": ["nobody@example.org"]}))) == 1
 
 
+def test_a_recipient_that_is_refused_beside_others_is_told(
+    mail: dict[str, Any], mailbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = EmailNotificationHook(**{**mail, "recipients": ["me@example.org", "nobody@example.org"]})
+    assert failures(fire(hook)) == 1
+    assert [envelope.rcpt_tos for envelope in mailbox.envelopes] == [["me@example.org"]]
+    assert "nobody@example.org (550" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": "x"},
+        {"host": None},
+        {"tls": "x"},
+        {"recipients": [""]},
+        {"sender": None},
+        {"password": "p"},
+        {"username": "u"},
+    ],
+)
+def test_what_no_mail_server_takes_is_refused(wrong: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"host": "localhost", "port": 25, "sender": "a@b.c", "recipients": ["d@e.f"], **wrong}
+    with pytest.raises(ConfigurationError):
+        EmailNotificationHook(**given)
+
+
+@ENCRYPTED
 def test_a_certificate_that_nobody_vouches_for_is_refused(mail: dict[str, Any], mailbox: Mailbox) -> None:
-    if mail["security"] == "none":
-        return
     hooks = HookManager()
     errors: list[BaseException] = []
     hook = EmailNotificationHook(**{**mail, "tls": None})

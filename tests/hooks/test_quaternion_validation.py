@@ -152,6 +152,43 @@ def test_rejected_inputs_veto_the_step_and_rejected_outputs_fail(make: Make) -> 
     assert hooks.fire_hook(AFTER_LOSS, step=3, loss=make([0.5, 0.25])).success
 
 
+def test_losses_may_be_numbers_and_dicts(make: Make) -> None:
+    hook = QuaternionValidationHook()
+    hooks = hooks_with(hook)
+    hooks.register_hook(RotationLossValidationHook("geodesic"))
+    for loss in (0.5, 1, {"a": 0.5, "b": make([0.25])}):
+        result = hooks.fire_hook(AFTER_LOSS, step=0, loss=loss)
+        assert (result.success, list(result.results.values())) == (True, [None, None])
+    for loss in (NAN, {"a": 0.5, "b": make([NAN, 0.25])}, INF):
+        result = hooks.fire_hook(AFTER_LOSS, step=0, loss=loss)
+        assert result.success
+        assert all(answer["problems"] for answer in result.results.values())
+    assert hook.summary()["not_finite"] == 3
+
+
+def test_a_dict_may_have_more_in_it_and_a_misspelt_key_is_told(make: Make) -> None:
+    data = {"pose": make([[1.0, 0, 0, 0]]), "ids": [1, 2], "name": "x"}
+    hooks = hooks_with(QuaternionValidationHook(action="reject", keys=["pose", "rotaton"]))
+    result = hooks.fire_hook(STEP, step=0, inputs=data)
+    assert "there is no 'rotaton'" in str(result.reason)
+    assert hooks_with(QuaternionValidationHook()).fire_hook(STEP, step=0, inputs=data).success
+
+
+def test_arrays_of_derived_classes_are_normalized() -> None:
+    np, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+
+    class Rotation(torch.Tensor):  # type: ignore[misc]
+        """As packages for rotations have it."""
+
+    class Mine(np.ndarray):  # type: ignore[misc]
+        """A subclass."""
+
+    for array in (torch.tensor([[2.0, 0, 0, 0]]).as_subclass(Rotation), np.array([[2.0, 0, 0, 0]]).view(Mine)):
+        hooks = hooks_with(QuaternionValidationHook(action="normalize"))
+        result = hooks.fire_hook(FORWARD, step=0, outputs=array).get_result("QuaternionValidationHook")
+        assert rows(result["normalized"]["outputs"]) == [[1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -160,6 +197,8 @@ def test_rejected_inputs_veto_the_step_and_rejected_outputs_fail(make: Make) -> 
         ({"tolerance": "1e-3"}, "tolerance"),
         ({"action": "drop"}, "action"),
         ({"keys": "pose"}, "keys"),
+        ({"keys": 5}, "keys"),
+        ({"scalar_first": "no"}, "scalar_first"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(arguments: dict[str, Any], text: str) -> None:
@@ -245,3 +284,5 @@ def test_shapes_are_held_against_the_representation(make: Make, representation: 
 def test_a_loss_that_is_wrong_for_the_representation_is_refused(loss: str, representation: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         RotationLossValidationHook(loss, representation)
+    with pytest.raises(ConfigurationError, match="tolerance"):
+        RotationLossValidationHook(tolerance=NAN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import gc
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
-from model_checkpoint.errors import HookRegistrationError, HookTimeoutError, HookVetoError
+from model_checkpoint.errors import ConfigurationError, HookTimeoutError, HookVetoError
 from model_checkpoint.hooks import BaseHook, HookContext, HookEvent, HookManager
 
 DEADLINE = 20.0  # seconds that anything may take before it counts as hung
@@ -44,7 +45,7 @@ def manager(tmp_path: Path) -> Iterator[EnhancedCheckpointManager]:
 
 @pytest.fixture
 def never() -> Iterator[threading.Event]:
-    """An event that a hanging handler waits for; it comes when the test is over."""
+    """What a hanging handler waits for; it comes when the test is over."""
     event = threading.Event()
     yield event
     event.set()
@@ -134,24 +135,27 @@ def test_three_timeouts_in_a_row_disable_a_hook_until_it_is_enabled(
     assert hooks.fire_hook(AFTER).results == {"h": None}
 
 
-def test_what_a_late_handler_does_to_its_context_is_not_seen_by_the_next(
-    hooks: HookManager, never: threading.Event
-) -> None:
-    done = threading.Event()
+def test_what_a_late_handler_does_to_its_context_is_not_seen_by_the_next(hooks: HookManager) -> None:
+    go, done = threading.Event(), threading.Event()
 
     def late(context: HookContext) -> None:
-        never.wait(DEADLINE)
+        go.wait(DEADLINE)
         context.set("epoch", "changed")
+        context.get("metrics")["poison"] = 1.0
         done.set()
 
     def after(context: HookContext) -> Any:
-        never.set()
+        go.set()
         assert done.wait(DEADLINE)
-        return {"epoch": context.get("epoch")}
+        return dict(context.data)
 
     hooks.register_hook("late", late, [AFTER], timeout=SHORT)
     hooks.register_hook("after", after, [AFTER])
-    assert hooks.fire_hook(AFTER, epoch=1).get_result("after") == {"epoch": 1}
+    for _ in range(3):  # also when it is disabled with that
+        go.clear(), done.clear()
+        result = hooks.fire_hook(AFTER, epoch=1, metrics={"a": 0.5})
+        assert result.get_result("after") == {"epoch": 1, "metrics": {"a": 0.5}}
+    assert hooks.list_hooks()[0]["enabled"] is False
 
 
 def test_a_timeout_needs_no_signal_and_no_main_thread(hooks: HookManager, never: threading.Event) -> None:
@@ -259,6 +263,66 @@ def test_a_coroutine_that_fires_an_event_with_coroutines_does_not_wait_for_itsel
     assert hooks.fire_hook(BEFORE).results == {"outer": "inner ran"}
 
 
+@pytest.mark.parametrize("kind", ["coroutines", "saves", "a plain one with a timeout between"])
+def test_coroutines_that_fire_events_of_coroutines_end_however_deep(
+    hooks: HookManager, manager: EnhancedCheckpointManager, kind: str
+) -> None:
+    depth = 0
+
+    async def deeper(context: HookContext) -> None:
+        nonlocal depth
+        depth += 1
+        await asyncio.sleep(0)
+        if depth < 5 and kind == "saves":
+            manager.save_checkpoint(MODEL)
+        elif depth < 5:
+            hooks.fire_hook(AFTER if kind == "coroutines" else HookEvent.ON_ERROR)
+
+    hooks.register_hook("deeper", deeper, [AFTER])
+    hooks.register_hook("between", lambda context: hooks.fire_hook(AFTER), [HookEvent.ON_RECOVERY], timeout=DEADLINE)
+    hooks.register_hook("before", lambda c: hooks.fire_hook(HookEvent.ON_RECOVERY), [HookEvent.ON_ERROR])
+    manager.register_hook("deeper", deeper, [AFTER])
+    if kind == "saves":
+        manager.save_checkpoint(MODEL)
+        assert len(manager.list_checkpoints()) == 5
+    else:
+        assert hooks.fire_hook(AFTER).success
+    assert depth == 5
+
+
+def test_a_coroutine_that_blocks_in_the_background_holds_no_other_manager_up(
+    hooks: HookManager, never: threading.Event
+) -> None:
+    blocks = threading.Event()
+
+    async def forever(context: HookContext) -> None:
+        blocks.set()
+        never.wait()
+
+    other = HookManager()
+    other.register_hook("forever", forever, [BEFORE], async_execution=True)
+    other.fire_hook(BEFORE)
+    assert blocks.wait(DEADLINE)
+    hooks.register_hook("good", where_async, [AFTER])
+    assert "loop" in hooks.fire_hook(AFTER).results["good"]
+    never.set()
+    assert other.wait(DEADLINE)
+
+
+def test_an_event_loop_that_was_left_ends_with_what_blocked_it(hooks: HookManager) -> None:
+    go, blocked = threading.Event(), []
+
+    async def blocks(context: HookContext) -> None:
+        blocked.append(threading.current_thread())
+        go.wait(DEADLINE)
+
+    hooks.register_hook("blocks", blocks, [AFTER], timeout=SHORT)
+    hooks.fire_hook(AFTER)
+    go.set()
+    blocked[0].join(DEADLINE)
+    assert not blocked[0].is_alive()
+
+
 # --- the background -----------------------------------------------------------------------------------------------
 
 
@@ -350,9 +414,20 @@ def test_the_background_is_bounded_and_says_what_was_not_run(
     assert hooks.wait(DEADLINE)
 
 
+@pytest.mark.parametrize("options", [{"async_execution": True}, {"async_execution": True, "timeout": DEADLINE}])
+def test_a_handler_in_the_background_cannot_wait_for_itself(hooks: HookManager, options: dict[str, Any]) -> None:
+    waited: list[bool] = []
+    hooks.register_hook("waits", lambda context: waited.append(hooks.wait()), [AFTER], **options)
+    hooks.register_hook("later", lambda context: waited.append(hooks.wait()), [HookEvent.ON_DATABASE_ERROR])
+    hooks.fire_hook(AFTER)
+    hooks.fire_later(HookEvent.ON_DATABASE_ERROR, {})
+    assert hooks.wait(DEADLINE)
+    assert waited == [False, False]
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
 def test_the_number_of_workers_is_checked(value: Any) -> None:
-    with pytest.raises(HookRegistrationError, match="max_workers"):
+    with pytest.raises(ConfigurationError, match="max_workers"):
         HookManager(max_workers=value)
 
 
@@ -507,12 +582,19 @@ class Big:
     """Stands for a tensor."""
 
 
-@pytest.mark.parametrize("kind", ["plain", "timed", "async", "background", "failing", "failing timed", "failing async"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "timed", "async", "background", "failing", "failing timed", "failing async", "failing group"]
+)
 def test_what_a_hook_was_given_goes_when_the_firing_ends(hooks: HookManager, kind: str) -> None:
     """Without a pass of the garbage collector: on a GPU that memory is needed at once."""
 
     def handler(context: HookContext) -> None:
         mine = context.get("tensor")
+        if "group" in kind and sys.version_info >= (3, 11):
+            try:
+                raise OSError(f"wrong {type(mine)}")
+            except OSError as error:
+                raise builtins.ExceptionGroup("several", [error]) from None
         if "failing" in kind:
             raise ValueError(f"wrong {type(mine)}")
 
@@ -580,16 +662,26 @@ def test_a_thousand_hooks_run_in_their_order(hooks: HookManager) -> None:
     assert ran == sorted(range(1_000), key=lambda number: number % 7)
 
 
-def test_threads_that_nobody_needs_end(hooks: HookManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_checkpoint.hooks.threads._REST", SHORT)
-    ends: list[threading.Thread] = []
-    hooks.register_hook("h", lambda context: ends.append(threading.current_thread()), [AFTER], timeout=DEADLINE)
-    hooks.fire_hook(AFTER)
-    ends[0].join(DEADLINE)
-    if ends[0].is_alive():  # it was there before, and rests for as long as it did then
-        pytest.skip("the thread was another test's")
-    assert hooks.fire_hook(AFTER).success  # in another one
-    assert ends[1] is not ends[0]
+def test_threads_that_nobody_needs_end(tmp_path: Path) -> None:
+    ended = script(
+        """
+        import threading
+        from model_checkpoint.hooks import HookEvent, HookManager, threads
+
+        threads._REST = 0.05
+        used = []
+        hooks = HookManager()
+        hooks.register_hook("h", lambda c: used.append(threading.current_thread()), [HookEvent.ON_ERROR], timeout=20)
+        for _ in range(3):
+            hooks.fire_hook(HookEvent.ON_ERROR)
+            used[-1].join(20)
+            assert not used[-1].is_alive()
+        assert threading.active_count() == 1
+        print(len(set(used)))
+        """,
+        tmp_path,
+    )
+    assert (ended.stdout, ended.stderr) == ("3\n", "")
 
 
 def test_a_forked_child_has_threads_of_its_own_and_none_of_the_parents_work(never: threading.Event) -> None:
@@ -637,6 +729,58 @@ def test_the_end_of_the_process_waits_for_the_background_and_tells_of_itself(tmp
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert sorted(ended.stdout.splitlines()) == ["on_experiment_end completed", "on_system_shutdown None"]
+
+
+def test_the_end_waits_whatever_has_registered_itself_for_it_before(tmp_path: Path) -> None:
+    ended = script(
+        """
+        import tempfile
+        folder = tempfile.TemporaryDirectory()  # whose finalizer runs behind all exit handlers that come later
+        import threading
+        from model_checkpoint import ExperimentTracker
+        from model_checkpoint.hooks import HookEvent, HookManager
+
+        def tell(context):
+            threading.Event().wait(0.2)
+            print(context.event.value, flush=True)
+
+        hooks = HookManager()
+        hooks.register_hook("tell", tell, [HookEvent.ON_EXPERIMENT_END], async_execution=True)
+        tracker = ExperimentTracker("run", database_url="sqlite:///runs.db", hook_manager=hooks)
+        """,
+        tmp_path,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "on_experiment_end\n", "")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_end_of_a_multiprocessing_child_waits_too(tmp_path: Path, method: str) -> None:
+    (tmp_path / "child.py").write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys, threading
+            from model_checkpoint.hooks import HookEvent, HookManager
+
+            def tell(context):
+                threading.Event().wait(0.2)
+                print("told", flush=True)
+
+            def work():
+                hooks = HookManager()
+                hooks.register_hook("tell", tell, [HookEvent.ON_ERROR], async_execution=True)
+                hooks.fire_hook(HookEvent.ON_ERROR)
+
+            if __name__ == "__main__":
+                child = multiprocessing.get_context(sys.argv[1]).Process(target=work)
+                child.start()
+                child.join()
+                sys.exit(child.exitcode)
+            """
+        )
+    )
+    command = [sys.executable, "child.py", method]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "told\n", "")
 
 
 def test_hooks_that_hang_do_not_keep_the_process(tmp_path: Path) -> None:

@@ -669,6 +669,8 @@ def test_a_tracker_that_is_closed_while_it_samples_leaves_no_thread(url: str, sa
         run = ExperimentTracker("n", database_url=url, capture=Capture(git=False, packages=False, interval=1e-4))
         assert sampled.wait(30)
         run.close()
+        for ending in threads() - before:
+            ending.join(30)  # the writer has let go of everything, and may be at its last line
         assert threads() <= before
 
 

@@ -888,6 +888,19 @@ def test_advice_that_is_none_removes_nothing_and_names_the_hook(
     assert "hook 'advise' must return" in caplog.text
 
 
+@pytest.mark.parametrize("raised", [SystemExit, Strange])
+def test_a_policy_of_a_hook_that_fails_fails_no_save(
+    manager: EnhancedCheckpointManager, raised: type[BaseException]
+) -> None:
+    class Fails:
+        def keeps(self, records: object, now: float) -> NoReturn:
+            raise raised
+
+    manager.register_hook("advise", lambda context: {"retention_policy": Fails()}, [HookEvent.BEFORE_RETENTION])
+    saved = manager.save_checkpoint(MODEL)
+    assert manager.load_checkpoint(saved)["model_state_dict"] == MODEL
+
+
 def test_a_database_that_fails_when_hooks_are_to_be_told_fails_nothing(
     manager: EnhancedCheckpointManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:

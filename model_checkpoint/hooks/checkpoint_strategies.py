@@ -344,7 +344,8 @@ class SaveDecisionHook(BaseHook):
             return {"keep": sorted(self._kept)}
         self._spent += context.data["blocked_seconds"]
         self._saves += 1
-        self._saved_step, self._saved_at = context.data["step"], time.monotonic()  # also one that nobody asked us about
+        if self._saved_step is None or context.data["step"] > self._saved_step:  # one that nobody asked us about
+            self._saved_step, self._saved_at = context.data["step"], time.monotonic()
         if context.checkpoint_id is not None:
             self._last[context.experiment_id] = context.checkpoint_id
         return None

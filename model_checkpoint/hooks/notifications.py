@@ -303,11 +303,14 @@ class EmailNotificationHook(_Notification):
     def _deliver(self, message: EmailMessage) -> dict[str, tuple[int, bytes]]:
         """Send it; returns the recipients that were refused, if others were not."""
         tls = self._tls or (ssl.create_default_context() if self._security != "none" else None)
-        deadline = time.monotonic() + self._seconds
+        deadline, me = (
+            time.monotonic() + self._seconds,
+            socket.gethostname(),
+        )  # no search for a full name: it may take long
         if self._security == "ssl":
-            server: smtplib.SMTP = _SecureServer(timeout=self._seconds, context=tls)
+            server: smtplib.SMTP = _SecureServer(local_hostname=me, timeout=self._seconds, context=tls)
         else:
-            server = _Server(timeout=self._seconds)
+            server = _Server(local_hostname=me, timeout=self._seconds)
         server._host = self._host  # type: ignore[attr-defined] # what certificates are compared with, which only its constructor sets
         try:
             with _within(self._seconds, lambda: server.sock):

@@ -147,10 +147,11 @@ class _Loop:
 
         self.loop: AbstractEventLoop = asyncio.new_event_loop()
         self._left = False
+        self._active = 0  # coroutines that have begun and not ended; changed by the loop's thread only
         self.thread = threading.Thread(target=self._turn, name="model-checkpoint-hook-loop", daemon=True)
 
     def _turn(self) -> None:
-        while not self._left:
+        while not (self._left and not self._active):
             try:
                 self.loop.run_forever()
             except BaseException:  # a SystemExit of a task that a handler has made
@@ -158,9 +159,13 @@ class _Loop:
         self.loop.close()
 
     def leave(self) -> None:
-        """Let it end as soon as what blocks it does."""
+        """Let it end as soon as nothing that has begun here goes on."""
         self._left = True
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self._end_if_idle)
+
+    def _end_if_idle(self) -> None:
+        if self._left and not self._active:
+            self.loop.stop()
 
     def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
         """Run a coroutine to its end, and return what it returns.
@@ -181,9 +186,12 @@ class _Loop:
                 call.fail(error)
             finally:
                 call.done.release()
+                self._active -= 1
+                self._end_if_idle()
 
         def begin() -> None:
             if _take(permit):
+                self._active += 1
                 tasks.append(self.loop.create_task(main()))
                 begun.release()
 

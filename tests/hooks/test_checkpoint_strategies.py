@@ -15,7 +15,7 @@ import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.errors import ConfigurationError
-from model_checkpoint.hooks import HookEvent, checkpoint_strategies
+from model_checkpoint.hooks import HookContext, HookEvent, checkpoint_strategies
 from model_checkpoint.hooks.checkpoint_strategies import (
     BestModelSelectionHook,
     SaveDecisionHook,
@@ -322,9 +322,18 @@ def test_a_save_that_nobody_asked_about_counts_and_going_back_does_not_stop_savi
     assert [step for step in range(4, 16) if decision.should_save(step)] == [9, 14]  # resumed at an earlier one
 
 
-def test_saves_stay_within_the_overhead_allowed(clock: Clock) -> None:
-    from model_checkpoint.hooks import HookContext
+def test_a_save_that_becomes_durable_late_does_not_bring_the_next_one_forward() -> None:
+    decision = SaveDecisionHook(every_steps=10)
+    due = [step for step in range(25) if decision.should_save(step)]
+    told = {"blocked_seconds": 0.1, "step": 10}
+    decision.execute(
+        HookContext(HookEvent.AFTER_CHECKPOINT_SAVE, told, "c", "e")
+    )  # of the first, after the second is due
+    due += [step for step in range(25, 45) if decision.should_save(step)]
+    assert due == [10, 20, 30, 40]
 
+
+def test_saves_stay_within_the_overhead_allowed(clock: Clock) -> None:
     decision = SaveDecisionHook(max_overhead=0.02)
     spent, saves = 0.0, []
     for step in range(10_000):
@@ -346,8 +355,6 @@ def test_saves_stay_within_the_overhead_allowed(clock: Clock) -> None:
 
 
 def test_the_overhead_limits_other_reasons_but_not_a_spike(clock: Clock) -> None:
-    from model_checkpoint.hooks import HookContext
-
     decision = SaveDecisionHook(every_steps=1, on_spike=2.0, max_overhead=0.1)
     decision.should_save(0, loss=1.0)
     clock.now += 1.0

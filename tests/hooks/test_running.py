@@ -323,6 +323,31 @@ def test_an_event_loop_that_was_left_ends_with_what_blocked_it(hooks: HookManage
     assert not blocked[0].is_alive()
 
 
+def test_coroutines_that_have_begun_on_a_loop_that_is_left_come_to_their_end(hooks: HookManager) -> None:
+    begun, go, end = threading.Event(), threading.Event(), threading.Event()
+    results: list[Any] = []
+
+    async def waits(context: HookContext) -> str:
+        begun.set()
+        while not end.is_set():
+            await asyncio.sleep(0.001)
+        return "ended"
+
+    async def blocks(context: HookContext) -> None:
+        go.wait(DEADLINE)
+
+    hooks.register_hook("waits", waits, [BEFORE])
+    hooks.register_hook("blocks", blocks, [AFTER], timeout=SHORT)
+    thread = threading.Thread(target=lambda: results.append(hooks.fire_hook(BEFORE).results))
+    thread.start()
+    assert begun.wait(DEADLINE)
+    hooks.fire_hook(AFTER)  # and the loop is left
+    go.set()
+    end.set()
+    thread.join(DEADLINE)
+    assert results == [{"waits": "ended"}]
+
+
 # --- the background -----------------------------------------------------------------------------------------------
 
 

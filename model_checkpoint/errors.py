@@ -10,7 +10,19 @@ class ModelCheckpointError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         file = (self.filename,) if isinstance(self, OSError) and self.filename is not None else ()
-        return _again, (type(self), (*self.args, *file), dict(vars(self)))
+        facts = {name: _sendable(value) for name, value in vars(self).items()}
+        return _again, (type(self), (*self.args, *file), facts)
+
+
+def _sendable(value: object) -> object:
+    """Return a fact of an error, or its text where it cannot be pickled, as a class within a function cannot."""
+    import pickle
+
+    try:
+        pickle.dumps(value)
+    except Exception:  # noqa: BLE001 - whatever its class raises
+        return repr(value)
+    return value
 
 
 def _again(kind: type[ModelCheckpointError], args: tuple[object, ...], facts: dict[str, object]) -> BaseException:
@@ -20,6 +32,8 @@ def _again(kind: type[ModelCheckpointError], args: tuple[object, ...], facts: di
         OSError.__init__(error, *args)
     else:
         error.args = args
+    if isinstance(error, ImportError):
+        error.msg = str(args[0])
     vars(error).update(facts)
     return error
 

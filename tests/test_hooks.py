@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
 import math
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +27,9 @@ from model_checkpoint.errors import (
     HookTimeoutError,
     HookVetoError,
     IntegrityError,
+    MissingDependencyError,
     StorageError,
+    UnsupportedValueError,
 )
 from model_checkpoint.hooks import BaseHook, HookContext, HookEvent, HookManager, HookPriority
 
@@ -818,6 +822,15 @@ def spoil_data(context: HookContext) -> None:
     context.data = None  # type: ignore[assignment]
 
 
+def spoil_everything(context: HookContext) -> None:
+    del context.data, context.user_data, context.checkpoint_id
+    context.metadata = 5  # type: ignore[assignment]
+
+
+def spoil_by_itself(context: HookContext) -> None:
+    context.data["me"] = context.data
+
+
 def mute(context: HookContext) -> None:
     raise Mute
 
@@ -826,6 +839,8 @@ MEAN: dict[str, Callable[[HookContext], object]] = {
     "no text": mute,
     "no event": spoil_event,
     "no data": spoil_data,
+    "nothing": spoil_everything,
+    "itself": spoil_by_itself,
     "broken result": lambda context: Broken(),
     "broken dict": lambda context: BrokenDict(),
 }
@@ -848,7 +863,7 @@ def test_whatever_a_handler_does_to_what_it_gets_and_gives_the_save_ends_well(
     assert seen == [(HookEvent.BEFORE_CHECKPOINT_SAVE, dict), (HookEvent.AFTER_CHECKPOINT_SAVE, dict)]
     failures = {told["name"]: told["failures"] for told in manager.list_hooks()}
     assert failures["background"] == failures["next"] == failures["errors"] == 0
-    assert failures["mean"] == (0 if case == "no data" else 1 if case.startswith("broken") else 2)
+    assert failures["mean"] == {"no text": 2, "no event": 2, "broken result": 1, "broken dict": 1}.get(case, 0)
 
 
 @pytest.mark.parametrize("where", ["fails", "takes too long"])
@@ -944,6 +959,62 @@ def test_ctrl_c_in_a_hook_of_errors_is_the_users_too(hooks: HookManager) -> None
         hooks.fire_hook(HookEvent.AFTER_CHECKPOINT_SAVE)
 
 
+def test_the_exit_that_a_signal_handler_raises_in_a_hook_comes_when_the_save_has_ended(
+    manager: EnhancedCheckpointManager,
+) -> None:
+    """A scheduler's SIGTERM must end the program; a hook's own SystemExit must not."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(143)
+
+    earlier = signal.signal(signal.SIGUSR2, leave)
+    try:
+        manager.register_hook("h", lambda context: signal.raise_signal(signal.SIGUSR2), BEFORE_SAVE)
+        with pytest.raises(SystemExit) as caught:
+            manager.save_checkpoint(MODEL)
+    finally:
+        signal.signal(signal.SIGUSR2, earlier)
+    assert caught.value.code == 143
+    assert len(manager.list_checkpoints()) == 1
+
+
+def test_an_exception_that_cannot_be_changed_is_the_one_that_is_told(hooks: HookManager) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    def broken(context: HookContext) -> None:
+        raise Frozen(5)
+
+    hooks.register_hook("h", broken, AFTER_SAVE)
+    result = hooks.fire_hook(HookEvent.AFTER_CHECKPOINT_SAVE)
+    assert result.errors == {"h": Frozen(5)}
+    assert hooks.get_performance_stats("h")["failed_calls"] == 1
+
+
+def test_the_end_of_a_child_run_ends_no_other(run: ExperimentTracker) -> None:
+    child = run.child("child")
+    grandchild = child.child("grandchild")
+    child.close()
+    assert grandchild.record.status == "running"
+    grandchild.close("failed")
+
+
+def test_the_end_of_a_run_is_told_although_its_checkpoints_cannot_be_waited_for(
+    run: ExperimentTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[HookContext] = []
+    run.hook_manager.register_hook("end", told.append, [HookEvent.ON_EXPERIMENT_END])
+
+    def refuse() -> NoReturn:
+        raise DatabaseError("gone")
+
+    monkeypatch.setattr(run._events, "_settle", refuse)
+    with pytest.raises(DatabaseError, match="gone"):
+        run.close()
+    assert [context.data["status"] for context in told] == ["completed"]
+
+
 def test_ctrl_c_in_a_hook_at_the_end_of_a_run_leaves_it_closed(run: ExperimentTracker) -> None:
     def interrupted(context: HookContext) -> None:
         raise KeyboardInterrupt
@@ -963,12 +1034,17 @@ def test_errors_go_through_pickle_as_pools_of_processes_send_them() -> None:
         ClaimLostError("g", 3),
         IntegrityError("/x", "is gone", 1, 2),
         HookRegistrationError("plain"),
+        MissingDependencyError("torch", "torch", "this"),
     ]
     for error in made:
         again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
         assert type(again) is type(error)
         assert (str(again), vars(again)) == (str(error), vars(error))
-        assert getattr(again, "errno", None) == getattr(error, "errno", None)
+        for name in ("errno", "filename", "msg"):
+            assert getattr(again, name, None) == getattr(error, name, None)
+    local = UnsupportedValueError("config.f", lambda: None, "store its name")
+    again = pickle.loads(pickle.dumps(local))  # noqa: S301
+    assert (str(again), again.path, again.value_type) == (str(local), "config.f", "<class 'function'>")
 
 
 @pytest.mark.parametrize("raised", [OSError, MemoryError, RecursionError, StopIteration, SystemExit, Strange])

@@ -165,7 +165,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         self._tally = Tally(self, GAUGES)
         self._directory = CheckpointDirectory(self.checkpoint_dir)
         self._db = database_of(experiment_tracker, database_url)
-        self._db.before_close(self._queue.wait)
+        self._db.before_close(self._queue.wait, saves=True)
         self._begin()
 
     def save_checkpoint(  # noqa: PLR0913 - the names and defaults are the specification's

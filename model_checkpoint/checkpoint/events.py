@@ -26,7 +26,7 @@ class CheckpointEvents:
     hook_manager: HookManager | None
     checkpoint_dir: str | os.PathLike[str]
     _db: EnhancedDatabaseConnection
-    _interrupt: KeyboardInterrupt | None = None  # the user's, put off until the save that it came in has ended
+    _interrupt: BaseException | None = None  # the user's, put off until the save that it came in has ended
 
     def _fire(
         self,

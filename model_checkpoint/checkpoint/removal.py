@@ -102,9 +102,7 @@ class CheckpointRemoval(CheckpointCatalog):
         except (LockTimeoutError, HookVetoError) as error:
             log.warning("no retention pass of experiment %s: %s", experiment_id, error)
             return
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
+        except Exception as error:
             # The checkpoint is saved: not even a user's policy may make that look like a failure.
             log.exception("retention of experiment %s failed; the next save tries again", experiment_id)
             if self.hook_manager is not None:

@@ -277,6 +277,21 @@ def plan_by_count(
     return RetentionPlan(tuple(decisions))
 
 
+class _Advised(NamedTuple):
+    """A policy that a hook has returned: whatever it raises, it is an error of the hook and ends nothing."""
+
+    policy: RetentionPolicy
+    hook: str
+
+    def keeps(self, records: Records, now: float) -> Mapping[str, str]:
+        try:
+            return self.policy.keeps(records, now)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise RuntimeError(f"the policy of hook {self.hook!r} raised {error!r}") from error
+
+
 def advice_of(answers: Mapping[str, object], policy: RetentionPolicy | None) -> tuple[RetentionPolicy | None, set[str]]:
     """Return the policy that hooks advise together, else ``policy``, and the ids that stay besides.
 
@@ -287,15 +302,15 @@ def advice_of(answers: Mapping[str, object], policy: RetentionPolicy | None) -> 
     Raises:
         ConfigurationError: a policy or ids that are none; the text names the hook.
     """
-    policies: list[RetentionPolicy] = []
+    policies: list[_Advised] = []
     kept: set[str] = set()
     for name, answer in answers.items():
         advice = answer if isinstance(answer, dict) else {}
         ids = advice.get("keep", ())
         if "retention_policy" in advice:
-            policies.append(advice["retention_policy"])
+            policies.append(_Advised(advice["retention_policy"], name))
         good = isinstance(ids, (list, tuple, set, frozenset)) and all(isinstance(i, str) for i in ids)
-        if not good or not all(callable(getattr(each, "keeps", None)) for each in policies[-1:]):
+        if not good or not all(callable(getattr(each.policy, "keeps", None)) for each in policies[-1:]):
             raise ConfigurationError(
                 f"hook {name!r} must return a policy with keeps() and a list of ids to keep, not {answer!r:.200}"
             )

@@ -100,15 +100,20 @@ class ClaimTable:
         return self._change("experiment_id = :experiment", grid, number, worker, experiment=experiment_id)
 
     def end(self, grid: str, number: int, worker: str, state: str) -> bool:
-        """Let a claim be ``completed``, ``failed`` or ``open`` again; returns whether it was this worker's."""
-        return self._change("state = :state", grid, number, worker, state=state)
+        """Let a claim be ``completed``, ``failed`` or ``open`` again; returns whether it was this worker's.
 
-    def _change(self, change: str, grid: str, number: int, worker: str, **bind: object) -> bool:
+        It may be told twice: the answer to the first time may have been lost.
+        """
+        return self._change("state = :state", grid, number, worker, "('claimed', :state)", state=state)
+
+    def _change(
+        self, change: str, grid: str, number: int, worker: str, states: str = "('claimed')", **bind: object
+    ) -> bool:
         mine = {"grid": grid, "number": number, "worker": worker}
         with self._db.transaction(durable=True) as connection:
             changed = connection.execute(
                 f"UPDATE claims SET {change} "
-                "WHERE grid = :grid AND number = :number AND worker = :worker AND state = 'claimed'",
+                f"WHERE grid = :grid AND number = :number AND worker = :worker AND state IN {states}",
                 {**mine, **bind},
             )
             return bool(changed.rowcount)

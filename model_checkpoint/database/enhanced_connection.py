@@ -75,6 +75,7 @@ class EnhancedDatabaseConnection:
             raise ConfigurationError(f"pool_size must be at least 1, not {pool_size}")
         self.database_url = database_url
         self._closers: dict[int, WeakMethod[Callable[[], object]]] = {}  # in the order in which they came
+        self._saves: set[int] = set()  # of these, those that wait for checkpoints
         self._told: list[WeakMethod[Callable[[DatabaseError], object]]] = []
         self._numbers = count()
         self._start(pool_size, busy_timeout, create)
@@ -151,17 +152,23 @@ class EnhancedDatabaseConnection:
         """Bring the schema up to date, each migration in one transaction with its record."""
         raise NotImplementedError
 
-    def before_close(self, finish: Callable[[], object]) -> None:
-        """Call ``finish``, a method whose object this does not keep alive, before the connections are closed."""
+    def before_close(self, finish: Callable[[], object], saves: bool = False) -> None:
+        """Call ``finish``, a method whose object this does not keep alive, before the connections are closed.
+
+        Args:
+            finish: called then, the last one given first.
+            saves: whether it waits for checkpoints that are being saved, see ``settle``.
+        """
         number = next(self._numbers)
+        self._saves |= {number} if saves else set()
         self._closers[number] = WeakMethod(finish, lambda _: self._closers.pop(number, None))
 
-    def settle(self) -> None:
-        """Do what has to be done before the connections can be closed, see ``before_close``."""
+    def settle(self, all_of_it: bool = False) -> None:
+        """Wait until the checkpoints that are being saved are durable; or do all that comes before the closing."""
         with ExitStack() as stack:
-            for closer in reversed(list(self._closers.values())):
+            for number, closer in reversed(list(self._closers.items())):
                 finish = closer()
-                if finish is not None:
+                if finish is not None and (all_of_it or number in self._saves):
                     stack.callback(finish)
 
     def on_error(self, tell: Callable[[DatabaseError], object]) -> None:
@@ -190,7 +197,7 @@ class EnhancedDatabaseConnection:
             raise DatabaseError(f"database {self.place}: close() inside a transaction; leave it first")
         with ExitStack() as stack:  # all of it is done, whatever one of them raises
             stack.callback(self._shut)
-            stack.callback(self.settle)
+            stack.callback(self.settle, all_of_it=True)
 
     def __repr__(self) -> str:
         return f"EnhancedDatabaseConnection({self.database_url.partition(':')[0]!r}, {self.place!r})"

@@ -15,9 +15,18 @@ from typing import Any
 
 from model_checkpoint.errors import ConfigurationError, HookRegistrationError, HookTimeoutError
 from model_checkpoint.hooks.base_hook import BaseHook, HookContext, HookEvent, HookPriority, HookResult
-from model_checkpoint.hooks.outcomes import forget_frames, interrupt_of, is_veto, text_of, users_interrupt
+from model_checkpoint.hooks.event_loop import await_elsewhere
+from model_checkpoint.hooks.outcomes import (
+    copied,
+    forget_frames,
+    interrupt_of,
+    is_veto,
+    mend,
+    text_of,
+    users_interrupt,
+)
 from model_checkpoint.hooks.registration import ErrorHandler, Handler, Hook, Options, event_of, hook_of, is_async
-from model_checkpoint.hooks.threads import Pool, await_elsewhere, call_elsewhere
+from model_checkpoint.hooks.threads import Pool, call_elsewhere
 from model_checkpoint.utils.checks import check_count
 from model_checkpoint.utils.fork import renew_in_child
 
@@ -165,7 +174,8 @@ class HookManager:
             What came of it. A handler's exception is in ``errors``, logged, and goes no further.
 
         Raises:
-            KeyboardInterrupt: the user pressed Ctrl-C while a handler ran; the handlers after it have run.
+            KeyboardInterrupt, SystemExit: the user pressed Ctrl-C, or a signal handler ended the program, while a
+                handler ran in the main thread; the handlers after it have run.
             ConfigurationError: there is no such event, or ``context`` is something else.
         """
         if type(event) is not HookEvent:
@@ -189,12 +199,11 @@ class HookManager:
         inside = _inside.set(True)
         try:
             for hook in self.listening.get(event, ()):
-                context.event = event  # whatever the one before did to it
-                if type(context.data) is not dict:
-                    context.data = {}
+                mend(context, event)  # whatever the one before did to it
                 if hook.options.async_execution:
-                    self._run_in_background(hook, event, context.copy())
+                    self._run_in_background(hook, event, copied(context))
                     continue
+                spare = None if hook.options.timeout is None else copied(context)
                 try:
                     self._run(hook, event, context, result)
                 except BaseException as error:  # from what it returned or raised: objects that are broken themselves
@@ -202,9 +211,8 @@ class HookManager:
                     result.errors[hook.name] = error
                     hook.failures += 1
                     log.exception("hook %r failed at %s in a strange way", hook.name, event.value)
-                    error.__traceback__ = None
-                if isinstance(result.errors.get(hook.name), HookTimeoutError):
-                    context = context.copy()  # it may go on, and change what it was given
+                if spare is not None and isinstance(result.errors.get(hook.name), HookTimeoutError):
+                    context = spare  # the late one may go on, and change what it was given
                 if result.stopped_by is not None:
                     result.success = False
                     break
@@ -297,7 +305,7 @@ class HookManager:
         """Log the failure once, count it, and tell whom the hook names and who listens to ON_ERROR.
 
         Returns:
-            It, or the Ctrl-C that came meanwhile.
+            It, or the user's interrupt that came meanwhile.
         """
         hook.failures += 1
         if users_interrupt(error) is None:
@@ -325,7 +333,7 @@ class HookManager:
         experiment_id: str | None,
         hook: str | None = None,
         event: str | None = None,
-    ) -> KeyboardInterrupt | None:
+    ) -> BaseException | None:
         """Fire ON_ERROR for an error that goes no further; one within a handler of ON_ERROR is only logged.
 
         Args:
@@ -335,7 +343,7 @@ class HookManager:
             hook, event: whose it is, and at which event, of a hook's.
 
         Returns:
-            The Ctrl-C that came meanwhile, or None.
+            The user's interrupt that came meanwhile, or None.
         """
         if HookEvent.ON_ERROR not in self.listening or HookEvent.ON_ERROR in _reporting.get():
             return None

@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
 from typing import Any
@@ -84,21 +84,22 @@ class _Notification(BaseHook):
 def _within(seconds: float, connected: Callable[[], socket.socket | None]) -> Iterator[None]:
     """Cut a connection off that is not done in time: a server may answer for ever, a bit at a time."""
 
-    def cut() -> None:
-        found = connected()
-        if found is not None:
-            try:
-                found.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has ended
+    done = threading.Event()
 
-    timer = threading.Timer(seconds, cut)
-    timer.daemon = True
-    timer.start()
+    def cut() -> None:
+        pause = seconds
+        while not done.wait(pause):
+            pause = 0.1  # there may be no socket yet, or another one in a moment, with TLS
+            found = connected()
+            if found is not None:
+                with suppress(OSError):
+                    found.shutdown(socket.SHUT_RDWR)
+
+    threading.Thread(target=cut, name="model-checkpoint-deadline", daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
 class WebhookNotificationHook(_Notification):

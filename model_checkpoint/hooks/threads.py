@@ -1,4 +1,4 @@
-"""Threads for handlers that must not run in the caller's: with a timeout, as coroutines, in the background.
+"""Threads for handlers that must not run in the caller's: with a timeout, and in the background.
 
 All of them are daemons, so that a handler that never returns does not keep the process from ending.
 """
@@ -12,42 +12,44 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
-from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 from model_checkpoint.errors import HookTimeoutError
 from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.parallel import start
 
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop, Task
-
 log = logging.getLogger(__name__)
-_REST = 5.0  # seconds after which a thread that nobody needs ends
-_ANSWER = 0.25  # seconds that the event loop has to show that it still turns
+REST = 5.0  # seconds after which a thread that nobody needs ends
 _AT_EXIT = 10.0  # seconds that the end of the process waits for handlers in the background
+_LAST = 0.5  # seconds that whoever comes when these are over has
 _ROOM = 1000  # handlers that may wait for a thread
 
-_in_coroutine: ContextVar[bool] = ContextVar("inside a coroutine of a hook", default=False)
-_acting_for: ContextVar[threading.Thread | None] = ContextVar("the thread that waits for this one", default=None)
+acting_for: ContextVar[threading.Thread | None] = ContextVar("the thread that waits for this one", default=None)
 
 
 def acting_thread() -> threading.Thread:
     """Return the thread whose call this is: for a handler that somebody waits for, the one that waits."""
-    return _acting_for.get() or threading.current_thread()
+    return acting_for.get() or threading.current_thread()
 
 
-class _Call:
+def taken_lock() -> threading.Lock:
+    """Return a lock that somebody else is to release; waiting for it can be interrupted at any moment."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+class Call:
     """A call that another thread makes, in ``context``, or in a copy of this thread's."""
 
     def __init__(self, function: Callable[[], Any] | None = None, context: Context | None = None) -> None:
         self._function = function
         self._context = copy_context() if context is None else context
-        self.done = _taken_lock()
+        self.done = taken_lock()
         self.value: Any = None
         self.error: BaseException | None = None
 
@@ -86,12 +88,12 @@ class _Helper:
     """A thread that makes calls, one after the other, and ends when nobody needs it for a while."""
 
     def __init__(self) -> None:
-        self.calls: SimpleQueue[_Call] = SimpleQueue()
+        self.calls: SimpleQueue[Call] = SimpleQueue()
 
     def work(self) -> None:
         while True:
             try:
-                call = self.calls.get(timeout=_REST)
+                call = self.calls.get(timeout=REST)
             except Empty:
                 try:
                     _idle.remove(self)
@@ -107,9 +109,9 @@ class _Helper:
 _idle: list[_Helper] = []
 
 
-def _begin_elsewhere(function: Callable[[], Any], context: Context | None = None) -> _Call | None:
+def _begin_elsewhere(function: Callable[[], Any], context: Context | None = None) -> Call | None:
     """Let another thread call ``function``; None where no thread can be started any more."""
-    call = _Call(function, context)
+    call = Call(function, context)
     try:
         helper = _idle.pop()
     except IndexError:
@@ -127,150 +129,12 @@ def call_elsewhere(function: Callable[[], Any], timeout: float | None) -> Any:
         HookTimeoutError: it takes longer than ``timeout`` seconds; it goes on, and what it returns is lost.
         BaseException: what it raises.
     """
-    acting = _acting_for.set(acting_thread())
+    acting = acting_for.set(acting_thread())
     try:
         call = _begin_elsewhere(function)
     finally:
-        _acting_for.reset(acting)
+        acting_for.reset(acting)
     return function() if call is None else call.result(timeout)
-
-
-class _BlockedError(Exception):
-    """Another coroutine blocks the event loop; the one that was to run has not begun, and will not."""
-
-
-class _Loop:
-    """The event loop of hooks and its thread."""
-
-    def __init__(self) -> None:
-        import asyncio  # 50 ms, which who has no such handlers does not pay
-
-        self.loop: AbstractEventLoop = asyncio.new_event_loop()
-        self._left = False
-        self._active = 0  # coroutines that have begun and not ended; changed by the loop's thread only
-        self.thread = threading.Thread(target=self._turn, name="model-checkpoint-hook-loop", daemon=True)
-
-    def _turn(self) -> None:
-        while not (self._left and not self._active):
-            try:
-                self.loop.run_forever()
-            except BaseException:  # a SystemExit of a task that a handler has made
-                log.exception("a task that a hook has started ended the event loop of hooks; it goes on")
-        self.loop.close()
-
-    def leave(self) -> None:
-        """Let it end as soon as nothing that has begun here goes on."""
-        self._left = True
-        self.loop.call_soon_threadsafe(self._end_if_idle)
-
-    def _end_if_idle(self) -> None:
-        if self._left and not self._active:
-            self.loop.stop()
-
-    def run(self, coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-        """Run a coroutine to its end, and return what it returns.
-
-        Raises:
-            _BlockedError: another one blocks the loop.
-            HookTimeoutError, BaseException: as ``call_elsewhere``.
-        """
-        call, tasks = _Call(), []
-        permit = [None]  # whoever takes it first decides: the loop, which begins, or we, who give up
-        begun = _taken_lock()
-
-        async def main() -> None:
-            _in_coroutine.set(True)
-            try:
-                call.value = await coroutine
-            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-                call.fail(error)
-            finally:
-                call.done.release()
-                self._active -= 1
-                self._end_if_idle()
-
-        def begin() -> None:
-            if _take(permit):
-                self._active += 1
-                tasks.append(self.loop.create_task(main()))
-                begun.release()
-
-        acting = _acting_for.set(acting_thread())
-        try:
-            self.loop.call_soon_threadsafe(begin, context=copy_context())
-        finally:
-            _acting_for.reset(acting)
-        try:
-            if not begun.acquire(timeout=_ANSWER) and _take(permit):
-                raise _BlockedError
-            return call.result(timeout)
-        except (HookTimeoutError, KeyboardInterrupt):
-            self.loop.call_soon_threadsafe(_cancel, tasks)
-            raise
-
-    def turns(self) -> bool:
-        """Whether it answers; a coroutine that blocks keeps it from that."""
-        answered = _taken_lock()
-        self.loop.call_soon_threadsafe(answered.release)
-        return answered.acquire(timeout=_ANSWER)
-
-
-def _taken_lock() -> threading.Lock:
-    """Return a lock that somebody else is to release; waiting for it can be interrupted at any moment."""
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
-
-
-def _take(permit: list[None]) -> bool:
-    """Return whether this is the first call for ``permit``."""
-    try:
-        permit.pop()
-    except IndexError:
-        return False
-    return True
-
-
-def _cancel(tasks: list[Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-
-
-_loop: _Loop | None = None
-_starting = threading.Lock()
-
-
-def await_elsewhere(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-    """Run a coroutine on the event loop of hooks, and return what it returns; raises as ``call_elsewhere``."""
-    global _loop
-    with _starting:
-        if _loop is None:
-            made = _Loop()
-            _loop = made if start(made.thread) else None
-        loop = _loop
-    if loop is None or _in_coroutine.get():  # a coroutine that fires an event itself has the loop for that long
-        import asyncio
-
-        return call_elsewhere(partial(asyncio.run, coroutine), timeout)
-    try:
-        return loop.run(coroutine, timeout)
-    except _BlockedError:
-        _leave(loop)
-    except HookTimeoutError:
-        if not loop.turns():
-            _leave(loop)
-        raise
-    return await_elsewhere(coroutine, timeout)
-
-
-def _leave(loop: _Loop) -> None:
-    """Let the next coroutine have a new loop."""
-    global _loop
-    with _starting:
-        mine = _loop is loop
-        _loop = None if mine else _loop
-    if mine:
-        loop.leave()
 
 
 class Pool:
@@ -342,7 +206,7 @@ class Pool:
 
         A job, or a thread that a job waits for, gets False at once: it would wait for itself.
         """
-        bell = _taken_lock()
+        bell = taken_lock()
         with self._lock:
             if not self._running:
                 return True
@@ -372,7 +236,7 @@ def finish() -> None:
     global _end
     _end = _end or time.monotonic() + _AT_EXIT
     for pool in list(_pools):
-        if not pool.wait(max(0.0, _end - time.monotonic())):
+        if not pool.wait(max(_LAST, _end - time.monotonic())):
             log.warning("hooks in the background took longer than %g s at the end of the process", _AT_EXIT)
 
 
@@ -388,8 +252,8 @@ def _finish_with_child() -> None:
 
 
 def _in_child() -> None:
-    global _loop, _starting, _end
-    _loop, _starting, _end = None, threading.Lock(), None
+    global _end
+    _end = None
     _idle.clear()
 
 

@@ -82,9 +82,11 @@ class RunEvents:
 
     def ended(self) -> None:
         """Tell that the tracker lets go of the experiment, once the checkpoints that are being saved are durable."""
-        self._settle()
-        told = {"status": self._status, "seconds": time.monotonic() - self._began}
-        self._fire(HookEvent.ON_EXPERIMENT_END, told)
+        try:
+            self._settle()
+        finally:
+            told = {"status": self._status, "seconds": time.monotonic() - self._began}
+            self._fire(HookEvent.ON_EXPERIMENT_END, told)
 
     def collecting(self, metrics: Mapping[str, Any], step: int | None) -> None:
         """Ask whether metrics may be logged.

@@ -217,9 +217,20 @@ def test_the_end_of_a_claim_is_tried_again_where_the_database_refuses_it(
         patched.setattr(database.claims, "end", refuse)
         hooks.fire_hook(HookEvent.ON_EXPERIMENT_END, experiment_id="e", status="completed")
     assert grid.counts()["claimed"] == 1
-    assert not grid._renew(claim)  # the next heartbeat
+    assert grid._renew(claim) is False  # the next heartbeat ends it
     assert grid.counts()["completed"] == 1
+    assert not claim.lost
     assert grid.claim() is None
+
+
+def test_an_end_whose_answer_was_lost_is_no_loss(database: EnhancedDatabaseConnection) -> None:
+    grid = coordinator(database, 1)
+    claim = grid.claim()
+    assert claim is not None
+    assert database.claims.end("g", 0, claim.holder, "completed")
+    grid.release("completed")
+    assert not claim.lost
+    assert not database.claims.end("g", 0, "somebody else", "completed")
 
 
 def test_a_forked_worker_has_no_claim_and_its_end_is_not_its_parents(file: str, tmp_path: Path) -> None:

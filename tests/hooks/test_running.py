@@ -693,7 +693,7 @@ def test_threads_that_nobody_needs_end(tmp_path: Path) -> None:
         import threading
         from model_checkpoint.hooks import HookEvent, HookManager, threads
 
-        threads._REST = 0.05
+        threads.REST = 0.05
         used = []
         hooks = HookManager()
         hooks.register_hook("h", lambda c: used.append(threading.current_thread()), [HookEvent.ON_ERROR], timeout=20)

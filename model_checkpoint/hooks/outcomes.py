@@ -64,6 +64,13 @@ def forget_frames(error: BaseException) -> None:
 
 def mend(context: HookContext, event: HookEvent) -> None:
     """Let a context be one again, whatever a handler has done to it."""
+    facts = vars(context)
+    if (
+        facts.get("event") is event
+        and type(facts.get("data")) is type(facts.get("user_data")) is dict
+        and len(facts) > 5
+    ):
+        return  # as nearly always
     context.event = event
     for name in ("data", "user_data"):
         if not isinstance(getattr(context, name, None), dict):

@@ -223,13 +223,15 @@ class GridCoordinatorHook(BaseHook):
 
     def _renew(self, claim: Claim) -> bool:
         """Keep a claim alive, or end it where that is still to be done; returns whether there is more to do."""
-        if not self._claims.renew(self._grid, claim.number, claim.holder, time.time() + self._lease):
-            with self._lock:
-                if self._claim is claim:
-                    claim.lost = True
-                    log.warning("%s", ClaimLostError(self._grid, claim.number))
-            return False
         with self._lock:
             if self._claim is claim and self._ending is not None:
-                self._end()
-            return self._claim is claim
+                self._end()  # first: it may have ended already, and only the answer was lost
+            if self._claim is not claim:
+                return False
+        if self._claims.renew(self._grid, claim.number, claim.holder, time.time() + self._lease):
+            return True
+        with self._lock:
+            if self._claim is claim:
+                claim.lost = True
+                log.warning("%s", ClaimLostError(self._grid, claim.number))
+        return False

@@ -223,13 +223,25 @@ def test_the_end_of_a_claim_is_tried_again_where_the_database_refuses_it(
     assert grid.claim() is None
 
 
-def test_an_end_whose_answer_was_lost_is_no_loss(database: EnhancedDatabaseConnection) -> None:
+def test_an_end_whose_answer_was_lost_is_no_loss(
+    database: EnhancedDatabaseConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = coordinator(database, 1)
     claim = grid.claim()
     assert claim is not None
-    assert database.claims.end("g", 0, claim.holder, "completed")
-    grid.release("completed")
+    end = database.claims.end
+
+    def lose(*asked: Any) -> NoReturn:
+        assert end(*asked)
+        raise DatabaseError("the connection broke at the commit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database.claims, "end", lose)
+        with pytest.raises(DatabaseError, match="broke"):
+            grid.release("completed")
+    assert not grid._renew(claim)  # the next heartbeat
     assert not claim.lost
+    assert grid.claim() is None
     assert not database.claims.end("g", 0, "somebody else", "completed")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 
 class ModelCheckpointError(Exception):
@@ -156,21 +157,40 @@ class SaveFailedError(ModelCheckpointError, RuntimeError):
         self.checkpoint_id = checkpoint_id
 
 
+class Problem(NamedTuple):
+    """A place where a checkpoint does not fit an object.
+
+    Attributes:
+        kind: ``missing`` (is there, was not saved), ``unexpected`` (was saved, is not there) or ``mismatched``.
+        path: where, such as ``model.encoder.weight``.
+        text: path, what was saved and what is there.
+    """
+
+    kind: str
+    path: str
+    text: str
+
+
 class StateMismatchError(ModelCheckpointError, ValueError):
     """What a checkpoint holds does not fit the objects it was to be loaded into; they were not changed.
 
     Attributes:
         problems: a line for each place: what was saved there, and what is there.
+        missing, unexpected, mismatched: their paths, by kind; see ``Problem``.
     """
 
-    def __init__(self, problems: list[str]) -> None:
-        shown = "".join(f"\n  {problem}" for problem in problems[:20])
+    def __init__(self, problems: list[Problem]) -> None:
+        shown = "".join(f"\n  {problem.text}" for problem in problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         super().__init__(
-            f"the checkpoint does not fit in {len(problems)} places; nothing was changed. "
-            f"Make the objects as they were when it was saved, or use load_checkpoint():{shown}{more}"
+            f"the checkpoint does not fit in {len(problems)} places; nothing was changed. Make the objects as they "
+            "were when it was saved, or use restore() with rename= or strict='warn', or load_checkpoint():"
+            f"{shown}{more}"
         )
-        self.problems = problems
+        self.problems = [problem.text for problem in problems]
+        self.missing = [problem.path for problem in problems if problem.kind == "missing"]
+        self.unexpected = [problem.path for problem in problems if problem.kind == "unexpected"]
+        self.mismatched = [problem.path for problem in problems if problem.kind == "mismatched"]
 
 
 class Preempted(SystemExit):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from model_checkpoint.arrays.dtypes import CODES, DTYPES, DType
 from model_checkpoint.arrays.host import ArrayAdapter, HostArray, Layout
-from model_checkpoint.errors import MissingDependencyError
+from model_checkpoint.errors import ConfigurationError, MissingDependencyError
 
 __all__ = [
     "CODES",
     "DTYPES",
+    "FRAMEWORKS",
     "ArrayAdapter",
     "DType",
     "HostArray",
     "Layout",
     "adapter_for",
+    "check_framework",
     "fill",
     "from_host",
+    "kind_in",
     "settle",
     "touched",
     "view",
@@ -33,7 +37,9 @@ _ADAPTERS = {
     "torch": "model_checkpoint.arrays.torch:TorchAdapter",
     "jax": "model_checkpoint.arrays.jax:JaxAdapter",
     "jaxlib": "model_checkpoint.arrays.jax:JaxAdapter",
+    "tensorflow": "model_checkpoint.arrays.tensorflow:TensorflowAdapter",
 }
+FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow")  # what arrays of the others can be loaded as
 _loaded: dict[str, ArrayAdapter] = {}
 
 
@@ -89,3 +95,17 @@ def from_host(array: HostArray, device: object = None) -> object:
         except MissingDependencyError:
             continue
     return _adapter("builtins").from_host(array._replace(kind="memoryview"))
+
+
+def check_framework(name: object) -> None:
+    """Raise ConfigurationError unless ``name`` is one of FRAMEWORKS, MissingDependencyError unless it is installed."""
+    if name not in FRAMEWORKS:
+        raise ConfigurationError(f"framework must be one of {', '.join(FRAMEWORKS)}, or None; not {name!r}")
+    if find_spec(str(name)) is None:
+        raise MissingDependencyError(str(name), str(name), f"loading with framework={name!r}")
+
+
+def kind_in(framework: str, kind: str) -> str:
+    """Return the kind that an array of ``kind`` has in another framework; strings of bytes are values, and stay."""
+    stays = kind in ("bytes", "bytearray") or kind.partition(".")[0] == framework
+    return kind if stays else framework

@@ -29,7 +29,7 @@ class JaxAdapter:
         if not isinstance(value, jax.Array):
             return None
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            raise ValueError("a typed key has no plain memory; store jax.random.key_data(key)")
+            return None  # a typed key is its data and the name of what it is a key of: two things
         if value.is_deleted():
             raise ValueError("it was donated to a compiled function, and is no more")
         if not value.is_fully_addressable:
@@ -47,12 +47,10 @@ class JaxAdapter:
         plain: Any = NumpyAdapter().from_host(array._replace(kind="numpy"))
         try:
             target = jax.devices(device)[0] if isinstance(device, str) else device
-            made = jax.device_put(plain, target)
+            with _with_64_bits(jax):  # JAX would make 32 bits of 64 otherwise
+                return jax.device_put(plain, target)
         except (RuntimeError, TypeError, ValueError) as error:
             raise ConfigurationError(f"device={device!r} cannot take a JAX array: {error}") from error
-        if made.dtype.name != array.dtype:
-            raise ConfigurationError(f"JAX makes {made.dtype} of {array.dtype}; set jax_enable_x64 before loading")
-        return made
 
     def fill(self, target: object, array: HostArray) -> None:
         raise ValueError("a JAX array cannot be changed")
@@ -61,4 +59,11 @@ class JaxAdapter:
         """Nobody counts its changes."""
 
     def view(self, base: object, layout: Layout, offset: int) -> object:
-        raise TypeError("JAX arrays do not share memory")
+        np = require("numpy", "numpy", "loading a JAX array")
+        jax = require("jax", "jax", "loading a JAX array")
+        with _with_64_bits(jax):
+            return jax.device_put(NumpyAdapter().view(np.asarray(base), layout, offset), base.sharding)  # type: ignore[attr-defined]
+
+
+def _with_64_bits(jax: Any) -> Any:
+    return (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(True)

@@ -29,7 +29,7 @@ from model_checkpoint.checkpoint.lifecycle import ManagerLifecycle
 from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.reader import STATE_FILE
 from model_checkpoint.checkpoint.retention import Protection, RetentionPolicy
-from model_checkpoint.checkpoint.state import EncodedState, encode
+from model_checkpoint.checkpoint.state import EncodedState, encode, to_json
 from model_checkpoint.checkpoint.storage import PlannedFile
 from model_checkpoint.checkpoint.storage import storage_backend as find_backend
 from model_checkpoint.database.checkpoints import details_of
@@ -50,7 +50,7 @@ __all__ = ["EnhancedCheckpointManager"]
 log = logging.getLogger(__name__)
 
 _COMPONENTS = ("model", "optimizer", "scheduler", "extra")
-_FLAGS = ("save_optimizer", "save_scheduler", "compute_checksum", "update_best", "blocking")
+_FLAGS = ("save_optimizer", "save_scheduler", "compute_checksum", "update_best", "save_rng", "blocking")
 
 
 class _Call(NamedTuple):
@@ -189,19 +189,19 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         checkpoint_type: str | None = None,
         *,
         extra_state: object = None,
+        save_rng: bool = True,
         blocking: bool | None = None,
     ) -> str:
         """Save a checkpoint; when this returns, it survives a crash of the process, the machine and the power.
 
-        With ``blocking=False``, or ``async_save=True`` of the manager, it returns as soon as the state is copied into
-        memory of the engine's own: whatever happens to the state afterwards, the checkpoint holds what it was. It is
-        durable when ``wait`` returns; checkpoints are committed in the order of the calls. A failure is raised by the
-        next save or load, by ``wait`` and by ``close``. Closing the manager, leaving its ``with`` block, the end of the
-        interpreter and, once the main thread has saved in the background, SIGTERM finish what is pending.
+        With ``blocking=False``, or ``async_save=True`` of the manager, it returns as soon as the state is copied: the
+        checkpoint holds what it was then. It is durable when ``wait`` returns; checkpoints are committed in the order
+        of the calls. A failure is raised by the next save or load, by ``wait`` and by ``close``. Closing the manager,
+        the interpreter's end and, once the main thread has saved in the background, SIGTERM finish what is pending.
 
         Args:
-            model, optimizer, scheduler: anything with ``state_dict()``, or a nested dict, list or tuple of arrays and
-                plain values. They are only read, and must not be changed until this returns.
+            model, optimizer, scheduler: whatever ``restore`` can fill: objects of the frameworks, or nested dicts,
+                lists and tuples of such, arrays and plain values. They must not be changed until this returns.
             epoch, step: integers.
             loss, val_loss: numbers or scalars of an array library; NaN is stored and never best.
             metrics: name -> number; each is a criterion of its own for the best flags.
@@ -212,7 +212,8 @@ class EnhancedCheckpointManager(ManagerLifecycle):
             compute_checksum: False saves without digests; only lengths can be verified then.
             update_best: False keeps it out of the competition for best flags.
             checkpoint_type: a label to list, protect and load by, of letters, digits, ``_.-``; ``regular`` when None.
-            extra_state: whatever else training needs to go on, such as RNG states; same forms as ``model``.
+            extra_state: whatever else training needs to go on, such as data loaders; same forms as ``model``.
+            save_rng: whether to note the random states of Python, NumPy, PyTorch and TensorFlow, for ``restore``.
             blocking: whether to wait until it is durable; None for what the manager's ``async_save`` says.
 
         Returns:
@@ -231,10 +232,11 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         started = time.perf_counter()
         if type(epoch) is not int or type(step) is not int or (epoch | step) >> 63:  # what is plain needs no check
             epoch, step = integers(epoch=epoch, step=step)
-        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, False if blocking is None else blocking)
+        blocking = not self._async if blocking is None else blocking
+        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, save_rng, blocking)
         if {*map(type, flags)} != {bool}:
             check_flags(**dict(zip(_FLAGS, flags)))
-        background = (self._async if blocking is None else not blocking) and not self._queue.is_worker()
+        background = not blocking and not self._queue.is_worker()
         record = CheckpointRecord(
             id=str(uuid.uuid4()),
             experiment_id=self._experiment_to_save(experiment_id),
@@ -254,7 +256,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         if self._queue.jobs or self._queue.failures:
             self._take_turn(background)
         wanted = (model, optimizer if save_optimizer else None, scheduler if save_scheduler else None, extra_state)
-        state, details = encode(dict(zip(_COMPONENTS, wanted))), details_of(record)
+        state, details = encode(dict(zip(_COMPONENTS, wanted)), save_rng), details_of(record)
         if self.hook_manager is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in self.hook_manager.listening:
             self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
         known = self._experiments[record.experiment_id][1]
@@ -302,7 +304,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         started = time.perf_counter()
         hooks = self.hook_manager
         try:
-            tree = state.to_json()
+            tree = to_json(state.tree).encode()
             planned = self._backend.plan(state, self._max_shard_size)
             planned.append(PlannedFile(STATE_FILE, None, len(tree), operator.methodcaller("write", tree)))
             if self._tracker is not None and (self._tracker.unflushed or self._tracker.spooled):

@@ -10,14 +10,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from model_checkpoint.arrays import check_framework
 from model_checkpoint.checkpoint.arguments import check_choice, check_flags
 from model_checkpoint.checkpoint.best import elect
-from model_checkpoint.checkpoint.inplace import load_into
 from model_checkpoint.checkpoint.reader import CheckpointReader
 from model_checkpoint.checkpoint.removal import CheckpointRemoval
 from model_checkpoint.checkpoint.selection import check_keys
 from model_checkpoint.database.models import CheckpointRecord, decode_details
-from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, ExperimentNotFoundError, IntegrityError
+from model_checkpoint.errors import CheckpointNotFoundError, ExperimentNotFoundError, IntegrityError
 from model_checkpoint.hooks import HookEvent
 from model_checkpoint.integrity.verification import read_manifest
 
@@ -42,6 +42,7 @@ class CheckpointLoading(CheckpointRemoval):
         load_scheduler: bool = True,
         *,
         keys: str | Collection[str] | None = None,
+        framework: str | None = None,
         on_corruption: str = "raise",
     ) -> dict[str, Any]:
         """Load a checkpoint; every byte is compared with its digest before it is decoded, and no code of it runs.
@@ -57,6 +58,9 @@ class CheckpointLoading(CheckpointRemoval):
             keys: patterns of what is wanted, such as ``model.encoder.*``, matched (as file names are) against component
                 and keys joined by dots; what matches comes with all below it. Of uncompressed SafeTensors files, only
                 the chunks that hold it are read and verified. Other items of a list or tuple become None.
+            framework: ``numpy``, ``torch``, ``jax`` or ``tensorflow``: whose arrays to make of all, with dtypes and
+                shapes as they are; strings of bytes stay what they are. None: those of the library that each was saved
+                from where it is installed, else NumPy's, else memoryviews.
             on_corruption: ``raise``, or ``fallback``: instead of a corrupt checkpoint load the next of its kind that is
                 sound (the next best, the newest one before it), with a warning and ``fallback_from`` in the metadata.
 
@@ -71,15 +75,17 @@ class CheckpointLoading(CheckpointRemoval):
             IntegrityError: a file is missing or changed, also of the latest or best; the text names file and digests.
                 With ``fallback``, no sound one is left.
             SaveFailedError: an earlier save in the background failed.
-            ConfigurationError: nothing matches ``keys``, the device cannot be used, ``on_corruption`` is neither, or a
-                flag is none.
+            ConfigurationError: nothing matches ``keys``, the device cannot be used, ``framework`` or ``on_corruption``
+                is none of theirs, the framework has no such dtype, or a flag is none.
             HookVetoError: a BEFORE hook stopped it.
-            MissingDependencyError: the backend or compression that it was saved with needs a package.
+            MissingDependencyError: the backend or compression that it was saved with needs a package, or ``framework``.
         """
         started = time.perf_counter()
         self._settle()
         check_choice("on_corruption", on_corruption, ("raise", "fallback"))
         check_flags(verify_integrity=verify_integrity, load_optimizer=load_optimizer, load_scheduler=load_scheduler)
+        if framework is not None:
+            check_framework(framework)
         patterns = check_keys(keys)
         wanted = self._experiment_to_load(checkpoint_id, experiment_id)
         components = {"model", "extra"}
@@ -87,7 +93,7 @@ class CheckpointLoading(CheckpointRemoval):
         verify = verify_integrity and self._integrity
 
         def read(reader: CheckpointReader) -> dict[str, Any]:
-            return reader.load(components, device, patterns)
+            return reader.load(components, device, patterns, framework)
 
         record, state, refused = self._read_chosen(
             checkpoint_id, wanted, checkpoint_type, on_corruption == "fallback", partial(self._read, verify, read)
@@ -101,58 +107,6 @@ class CheckpointLoading(CheckpointRemoval):
             "extra_state": state.get("extra"),
             **self._loaded(record, told),
         }
-
-    def load_into(
-        self,
-        model: object = None,
-        optimizer: object = None,
-        scheduler: object = None,
-        checkpoint_id: str | None = None,
-        experiment_id: str | None = None,
-        checkpoint_type: str = "latest",
-        verify_integrity: bool = True,
-    ) -> dict[str, Any]:
-        """Load a checkpoint into objects that exist, without a second copy of the state in memory.
-
-        Keys, shapes and dtypes are compared and every byte is verified before anything is changed. Keys without arrays
-        are compared in plain objects, and the first of a model's; an optimizer's are its ``load_state_dict``'s.
-
-        Args:
-            model, optimizer, scheduler: what to fill; None leaves it out. Anything with ``state_dict()`` and
-                ``load_state_dict()``, or nested dicts and lists of arrays. Arrays in host memory in C order are filled
-                in their place; then ``load_state_dict`` is given them with all the rest.
-            checkpoint_id, experiment_id, checkpoint_type: which checkpoint, as for ``load_checkpoint``.
-            verify_integrity: False compares lengths only.
-
-        Returns:
-            What ``load_checkpoint`` returns, without the states.
-
-        Raises:
-            StateMismatchError: the objects are not as they were when it was saved; the text says where.
-            ConfigurationError: no object is given, or the flag is none.
-            ExperimentNotFoundError, CheckpointNotFoundError, UnknownCheckpointTypeError, IntegrityError, HookVetoError,
-            MissingDependencyError, SaveFailedError: as from ``load_checkpoint``; nothing was changed.
-            StorageError: the disk failed. If it does so after the verification, the objects are filled in part; so they
-                are when a ``load_state_dict`` raises an error of its own.
-        """
-        started = time.perf_counter()
-        self._settle()
-        check_flags(verify_integrity=verify_integrity)
-        given = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        targets = {name: target for name, target in given.items() if target is not None}
-        if not targets:
-            raise ConfigurationError("load_into() was given nothing to load into; pass a model, optimizer or scheduler")
-        wanted = self._experiment_to_load(checkpoint_id, experiment_id)
-
-        def read(reader: CheckpointReader) -> None:
-            load_into(reader, targets, self._threads)
-
-        verify = verify_integrity and self._integrity
-        record, _, _ = self._read_chosen(
-            checkpoint_id, wanted, checkpoint_type, False, partial(self._read, verify, read)
-        )
-        self._tally.count(record.experiment_id, loads=1, load_seconds=time.perf_counter() - started)
-        return self._loaded(record, self._flags(record))
 
     def _experiment_to_load(self, checkpoint_id: str | None, experiment_id: str | None) -> str | None:
         wanted = self._whose(experiment_id)

@@ -66,9 +66,9 @@ def _form(layout: Layout, node: dict[str, Any], item: int) -> object:
     return (layout.address, [layout.strides[i] for i in long], node.get("offset"), node.get("strides"))
 
 
-def shared(places: Iterable[Place]) -> list[str]:
-    """Return a line for each target that shares memory otherwise than what goes there did when it was saved."""
-    problems: list[str] = []
+def shared(places: Iterable[Place]) -> list[tuple[str, str]]:
+    """Return path and problem of each target that shares memory otherwise than what goes there did when saved."""
+    problems: list[tuple[str, str]] = []
     before: list[Place] = []  # that reach beyond the beginning of the next one
     for place in sorted(places, key=lambda place: place[:4]):
         before = [other for other in before if other.device == place.device and other.end > place.begin]
@@ -76,7 +76,8 @@ def shared(places: Iterable[Place]) -> list[str]:
             as_saved = other.owner == place.owner and other.form == place.form
             if not as_saved and _may_share(other, place):
                 saved = "as two arrays" if other.owner != place.owner else "otherwise"
-                problems.append(f"{place.path}: shares its memory with {other.path}, they were saved {saved}")
+                text = f"{place.path}: shares its memory with {other.path}, they were saved {saved}"
+                problems.append((place.path, text))
                 break
         before.append(place)
     return problems

@@ -14,8 +14,8 @@ from typing import Any
 
 from model_checkpoint.arrays import HostArray
 from model_checkpoint.checkpoint.compression import SUFFIX, decompress
+from model_checkpoint.checkpoint.decoding import Decoder
 from model_checkpoint.checkpoint.selection import references, select
-from model_checkpoint.checkpoint.state import Decoder
 from model_checkpoint.checkpoint.storage import StorageBackend, storage_backend
 from model_checkpoint.errors import (
     ConfigurationError,
@@ -61,7 +61,11 @@ class CheckpointReader:
         self.verified = False
 
     def load(
-        self, components: Collection[str], device: object = None, keys: Sequence[str] | None = None
+        self,
+        components: Collection[str],
+        device: object = None,
+        keys: Sequence[str] | None = None,
+        framework: str | None = None,
     ) -> dict[str, Any]:
         """Return component -> object, for those of ``components`` that were saved.
 
@@ -70,6 +74,7 @@ class CheckpointReader:
             device: where arrays of a library with devices go, file by file while the next one is read; None leaves them
                 in host memory.
             keys: patterns of what is wanted (see ``selection.select``); only that is read, where the files allow.
+            framework: whose arrays to make; None for those of the library that each was saved from.
 
         Raises:
             IntegrityError: a file is missing, changed or cannot be decoded; the text names it.
@@ -83,7 +88,7 @@ class CheckpointReader:
             if keys is not None:
                 wanted = select(wanted, keys)
             nodes = {(node["of"], node["$array"]): node for node in references(wanted)}
-            decoder = Decoder(not_stored, device)
+            decoder = Decoder(not_stored, device, framework)
             for arrays in self._arrays(nodes, device is not None, keys is not None and self._verify):
                 for component, named in arrays.items():
                     for key, stored in named.items():

@@ -73,13 +73,13 @@ def _prune(tree: Any, path: str, matches: Any) -> Any:
     pairs = children(tree)
     if pairs is None:
         return _NOTHING
-    kept = [(key, _prune(child, f"{path}.{_text(key)}", matches)) for key, child in pairs]
+    kept = [(key, _prune(child, f"{path}.{key_text(key)}", matches)) for key, child in pairs]
     if all(child is _NOTHING for _, child in kept):
         return _NOTHING
     if isinstance(tree, list):
         return [None if child is _NOTHING else child for _, child in kept]
     if "$tuple" in tree:
-        return {"$tuple": [None if child is _NOTHING else child for _, child in kept]}
+        return {**tree, "$tuple": [None if child is _NOTHING else child for _, child in kept]}
     left = [[key, child] for key, child in kept if child is not _NOTHING]
     for tag in ("$dict", "$ordered"):
         if tag in tree:
@@ -94,7 +94,7 @@ def children(tree: Any) -> list[tuple[Any, Any]] | None:
     if not isinstance(tree, dict):
         return None
     if "$tuple" in tree:
-        return list(enumerate(tree["$tuple"]))
+        return list(zip(tree.get("fields") or range(len(tree["$tuple"])), tree["$tuple"]))
     for tag in ("$dict", "$ordered"):
         if tag in tree:
             return [(key, child) for key, child in tree[tag]]
@@ -108,9 +108,9 @@ def _leaves(tree: Any, path: str) -> Iterator[str]:
     if not pairs:
         yield path
     for key, child in pairs or ():
-        yield from _leaves(child, f"{path}.{_text(key)}")
+        yield from _leaves(child, f"{path}.{key_text(key)}")
 
 
-def _text(key: Any) -> str:
+def key_text(key: Any) -> str:
     """Return a key as ``str`` shows the object; keys that are no plain values stand in the tree as tagged nodes."""
-    return ".".join(map(_text, key["$tuple"])) if isinstance(key, dict) and "$tuple" in key else str(key)
+    return ".".join(map(key_text, key["$tuple"])) if isinstance(key, dict) and "$tuple" in key else str(key)

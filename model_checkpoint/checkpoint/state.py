@@ -3,24 +3,29 @@
 The tree is ordinary JSON; what JSON cannot say is an object with a key that begins with ``$``:
 ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}``, ``{"$ordered": ...}``, ``{"$set": [...]}``,
 ``{"$int": "0x..."}``, ``{"$float": "nan"}``, ``{"$complex": [re, im]}``, ``{"$torch": "float32"}``,
-``{"$array": key, ...}``.
+``{"$key": "threefry2x32", "data": ...}`` (a typed key of JAX), ``{"$array": key, ...}``. A named tuple's fields stand
+beside ``$tuple``.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import sys
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, from_host, settle, view
+from model_checkpoint.arrays import DTYPES, HostArray, Layout, adapter_for, settle
+from model_checkpoint.checkpoint.objects import find
 from model_checkpoint.checkpoint.ties import Placed, merge_overlaps
-from model_checkpoint.errors import FormatError, UnsupportedValueError
+from model_checkpoint.errors import UnsupportedValueError
 
 _ADVICE = (
-    "pass arrays, numbers, strings, bytes, lists, tuples, dicts, or an object with state_dict(); "
+    "pass arrays, numbers, strings, bytes, lists, tuples, dicts, or an object with state_dict() or get_state(); "
     "nothing is pickled, so convert it to one of these first"
 )
 MAX_DEPTH = 100  # containers within containers; decoding takes up to five frames a level of Python's 1,000
@@ -38,17 +43,17 @@ class EncodedState(NamedTuple):
     tree: dict[str, Any]
     arrays: dict[str, dict[str, HostArray]]
 
-    def to_json(self) -> bytes:
-        """Return the tree as the bytes of ``state.json``."""
-        return json.dumps(self.tree, separators=(",", ":"), allow_nan=False).encode()
+
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # of trees: the text of ``state.json``
 
 
-def encode(components: Mapping[str, object]) -> EncodedState:
+def encode(components: Mapping[str, object], random_too: bool = False) -> EncodedState:
     """Take training objects apart.
 
     Args:
         components: name -> object: anything with ``state_dict()``, or a nested dict, list or tuple of arrays, such
             objects and plain values; None for one that there is not. Nothing of it is changed.
+        random_too: whether to note the random states of the process, as the component ``rng``.
 
     Raises:
         UnsupportedValueError: a value that has no safe form; it names the path, the type and what to do.
@@ -68,6 +73,8 @@ def encode(components: Mapping[str, object]) -> EncodedState:
             merge_overlaps(encoder.arrays, placed, encoder.kept)
             break
         end = layout.address + span
+    if random_too:
+        encoder.tree["rng"] = random_states()
     return EncodedState(encoder.tree, encoder.arrays)
 
 
@@ -166,16 +173,26 @@ class _Encoder:
                 if hasattr(value, "_metadata"):  # what torch hangs on a state_dict: versions of each module's layout
                     made["metadata"] = node(value._metadata, (*path, "_metadata"))
         else:
-            items = [node(v, (*path, i)) for i, v in enumerate(value)]
-            made = items if kind is list else {"$tuple": items}
+            fields = getattr(value, "_fields", None) if kind is tuple else None
+            items = [node(v, (*path, i)) for i, v in zip(fields or range(len(value)), value)]
+            made = items if kind is list else {"$tuple": items, "fields": list(fields)} if fields else {"$tuple": items}
         self._open.discard(id(value))
         return made
 
+    def _key(self, value: Any, path: tuple[object, ...]) -> dict[str, Any]:
+        from jax import random  # its own key is here, so it is loaded
+
+        return {"$key": str(random.key_impl(value)), "data": self.node(random.key_data(value), path)}
+
     def _rare(self, value: Any, kind: type, path: tuple[object, ...]) -> Any:
-        if callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
-            state = value.state_dict()
-            if not isinstance(state, dict):
-                raise UnsupportedValueError(path_text(path), value, f"its state_dict() is a {type(state).__name__}")
+        if kind.__name__ == "PRNGKeyArray" and kind.__module__.startswith("jax."):
+            return self._key(value, path)
+        adapter = find(value)
+        if adapter is not None:
+            try:
+                state = adapter.state_of(value)
+            except ValueError as error:
+                raise UnsupportedValueError(path_text(path), value, str(error)) from error
             self.kept.append(state)
             return self.node(state, path)
         if kind is complex:
@@ -199,143 +216,36 @@ class _Encoder:
         raise UnsupportedValueError(path_text(path), value, _ADVICE)
 
 
-class Decoder:
-    """Builds objects from a tree; tied arrays come back as one object.
+def random_states() -> dict[str, Any]:
+    """Return the random states of the process as JSON values: Python's, and those of libraries that are imported.
 
-    Args:
-        fetch: ``(component, key)`` -> the stored array, its dtype and shape those of the file.
-        device: where arrays of a library with devices go; None leaves them in host memory.
-        kind: the kind that every array shall have; None for the kind that it had when it was saved.
+    ``rng.setters`` puts them back. JAX has none: its keys are part of the state that is saved. Of TensorFlow they are
+    what operations draw their seeds from, and the global generator; of Keras, the global seed generator.
     """
-
-    def __init__(self, fetch: Callable[[str, str], HostArray], device: object = None, kind: str | None = None) -> None:
-        self._fetch = fetch
-        self._device = device
-        self._kind = kind
-        self._made: dict[tuple[object, ...], object] = {}
-        self._told: dict[tuple[object, ...], tuple[Any, Any]] = {}  # dtype and shape of what was made
-
-    def node(self, tree: Any) -> Any:
-        """Return the object that ``tree`` describes.
-
-        Raises:
-            FormatError: a construct that this version does not know, or an array that is not what the tree says.
-        """
-        if isinstance(tree, list):
-            return [self.node(item) for item in tree]
-        if not isinstance(tree, dict):
-            return tree
-        if "$array" in tree or "$view" in tree:
-            return self._array(tree)
-        tag = next((key for key in tree if key.startswith("$")), None)
-        if tag is None:
-            return {key: self.node(value) for key, value in tree.items()}
-        if tag not in _TAGS:
-            raise FormatError(f"state.json holds {tag!r}, which this version does not know; upgrade model-checkpoint")
-        return _TAGS[tag](self, tree[tag], tree)
-
-    def _array(self, tree: dict[str, Any]) -> object:
-        if "$array" in tree:
-            name: tuple[object, ...] = (tree["of"], tree["$array"])
-        else:
-            name = (tree["of"], tree["$view"], tree["offset"], *tree["shape"], *tree["strides"])
-        told = (tree["dtype"], tree["shape"])
-        if self._told.setdefault(name, told) != told:  # a view of it would be measured by the wrong one
-            raise FormatError(f"state.json says of {name[1]!r} that it is {told} and {self._told[name]}")
-        if name not in self._made:
-            self._made[name] = self._load(tree) if "$array" in tree else self._view(tree)
-        return self._made[name]
-
-    def array(self, component: str, key: str, array: HostArray) -> object:
-        """Return what the tree's references to this array have become; makes it where there is none."""
-        if (component, key) not in self._made:
-            self._made[component, key] = from_host(array._replace(kind=self._kind or array.kind), self._device)
-        return self._made[component, key]
-
-    def place(self, tree: dict[str, Any], stored: HostArray) -> None:
-        """Make the array that the node ``tree`` refers to from what was ``stored``, before the tree is decoded."""
-        self._told[tree["of"], tree["$array"]] = (tree["dtype"], tree["shape"])
-        self._made[tree["of"], tree["$array"]] = self._make(tree, stored)
-
-    def adopt(self, tree: dict[str, Any], array: object) -> None:
-        """Let the node ``tree`` decode to ``array``, which holds the stored values already."""
-        self._told[tree["of"], tree["$array"]] = (tree["dtype"], tree["shape"])
-        self._made[tree["of"], tree["$array"]] = array
-
-    def _load(self, tree: dict[str, Any]) -> object:
-        return self._make(tree, self._fetch(tree["of"], tree["$array"]))
-
-    def _make(self, tree: dict[str, Any], stored: HostArray) -> object:
-        dtype, shape = tree["dtype"], tuple(tree["shape"])
-        if dtype not in DTYPES or not _are_counts(shape) or stored.data.nbytes * 8 != _bits(shape, DTYPES[dtype].bits):
-            raise FormatError(
-                f"array {tree['$array']!r} of {tree['of']} is {stored.dtype}{list(stored.shape)} in its file, "
-                f"but {dtype}{list(shape)} in state.json"
-            )
-        return from_host(stored._replace(dtype=dtype, shape=shape, kind=self._kind or tree["kind"]), self._device)
-
-    def _view(self, tree: dict[str, Any]) -> object:
-        shape, strides, offset, base = tuple(tree["shape"]), tuple(tree["strides"]), tree["offset"], tree["base"]
-        counts = _are_counts((*shape, *strides, offset)) and _bits(shape, 64) < 2**63  # bytes, as libraries count
-        if len(shape) != len(strides) or not counts or "$array" not in base:
-            raise FormatError(f"a view of {base.get('$array')!r} has shape {shape}, strides {strides}, offset {offset}")
-        made = self._array(base)
-        last = offset + sum((n - 1) * step for n, step in zip(shape, strides)) if 0 not in shape else offset - 1
-        if last >= _bits(base["shape"], 1):  # libraries would look there, and find what is somebody else's
-            raise FormatError(f"a view of {base['$array']!r} reaches beyond it, to element {last}")
-        return view(made, Layout("", 0, tree["dtype"], shape, strides), offset)
-
-    def _pairs(self, pairs: list[list[Any]]) -> list[tuple[Any, Any]]:
-        return [(self.node(key), self.node(value)) for key, value in pairs]
-
-    def frozen(self, items: list[Any]) -> Any:
-        """Return a frozenset of ``items``."""
-        return frozenset(items)
-
-    def large(self, number: int) -> Any:
-        """Return an integer of more than 64 bits."""
-        return number
-
-    def ordered(self, pairs: list[list[Any]], tree: dict[str, Any]) -> OrderedDict[Any, Any]:
-        """Return an ``OrderedDict``, with torch's ``_metadata`` on it where it was saved."""
-        made = OrderedDict(self._pairs(pairs))
-        if "metadata" in tree:
-            made._metadata = self.node(tree["metadata"])  # type: ignore[attr-defined]
-        return made
-
-
-def _are_counts(numbers: Iterable[object]) -> bool:
-    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-
-
-def _bits(shape: Iterable[int], bits: int) -> int:
-    for length in shape:
-        bits *= length
-    return bits
-
-
-def _torch_value(text: str, kind: str) -> object:
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return text  # without torch nobody can use the object; its name is the best there is
-    try:
-        made = torch.device(text) if kind == "device" else getattr(torch, text.removeprefix("torch."))
-    except RuntimeError as error:
-        raise FormatError(f"state.json holds {text!r}, which is no {kind} of this torch: {error}") from error
-    if not isinstance(made, (torch.device, torch.dtype)):
-        raise FormatError(f"state.json holds {text!r}, which is no {kind} of torch")
-    return made
-
-
-_TAGS: dict[str, Callable[[Decoder, Any, dict[str, Any]], Any]] = {
-    "$tuple": lambda d, items, _: tuple(d.node(items)),
-    "$set": lambda d, items, _: set(d.node(items)),
-    "$frozenset": lambda d, items, _: d.frozen(d.node(items)),
-    "$dict": lambda d, pairs, _: dict(d._pairs(pairs)),
-    "$ordered": lambda d, pairs, tree: d.ordered(pairs, tree),
-    "$float": lambda d, text, _: float(text),
-    "$int": lambda d, text, _: d.large(int(text, 16)),
-    "$complex": lambda d, parts, _: complex(*d.node(parts)),
-    "$torch": lambda d, text, tree: _torch_value(text, tree["type"]),
-}
+    version, words, gauss = random.getstate()
+    noted: dict[str, Any] = {"python": {"version": version, "words": array("I", words).tobytes().hex(), "gauss": gauss}}
+    numpy: Any = sys.modules.get("numpy.random")
+    if hasattr(numpy, "get_state"):  # another thread may be importing it
+        noted["numpy"] = numpy.get_state(legacy=False)
+        for name, part in noted["numpy"]["state"].items():
+            if hasattr(part, "tolist"):
+                noted["numpy"]["state"][name] = part.tolist()
+    torch: Any = sys.modules.get("torch")
+    if hasattr(torch, "get_rng_state"):
+        noted["torch"] = {"cpu": bytes(torch.get_rng_state().tolist()).hex(), "cuda": []}
+        if torch.cuda.is_initialized():
+            for state in torch.cuda.get_rng_state_all():
+                noted["torch"]["cuda"].append(bytes(state.tolist()).hex())
+    eager = sys.modules.get("tensorflow.python.eager.context")
+    if eager is not None and hasattr(sys.modules.get("tensorflow"), "random"):
+        context = eager.context_safe()
+        seed, rng = getattr(context, "_seed", None), getattr(context, "_rng", None)
+        _, words, gauss = (None, (), None) if rng is None else rng.getstate()
+        made = sys.modules["tensorflow.python.ops.stateful_random_ops"].global_generator
+        generator = None if made is None else {"alg": made.algorithm, "state": made.state.numpy().tolist()}
+        noted["tensorflow"] = {"seed": seed, "words": list(words), "gauss": gauss, "generator": generator}
+    keras = sys.modules.get("keras.src.backend.common.global_state")
+    made = None if keras is None else keras.get_global_attribute("global_seed_generator")
+    if made is not None:
+        noted["keras"] = sys.modules["keras"].ops.convert_to_numpy(made.state.value).tolist()
+    return noted

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from model_checkpoint.arrays import HostArray, adapter_for
-from model_checkpoint.checkpoint.state import Decoder, EncodedState
+from model_checkpoint.checkpoint.decoding import Decoder
+from model_checkpoint.checkpoint.state import EncodedState
 from model_checkpoint.checkpoint.storage.base_backend import PlannedFile, Sink, StorageBackend
 from model_checkpoint.errors import FormatError
 from model_checkpoint.utils.optional import require
@@ -29,7 +30,7 @@ class PyTorchBackend(StorageBackend):
     def plan(self, state: EncodedState, max_shard_size: int | None) -> list[PlannedFile]:
         torch = require("torch", "torch", "the pytorch storage backend")
         arrays = _own_storages(state.arrays)
-        decoder = _TorchDecoder(lambda component, key: arrays[component][key], kind="torch")
+        decoder = _TorchDecoder(lambda component, key: arrays[component][key])
         content: dict[str, Any] = {"model_state_dict": None}
         content |= {f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()}
         content["arrays"] = {
@@ -95,6 +96,12 @@ def _host(tensor: object) -> HostArray:
 
 class _TorchDecoder(Decoder):
     """Builds what torch's own users read: nothing that ``weights_only=True`` refuses."""
+
+    def _kind(self, kind: str) -> str:
+        return "torch"
+
+    def key(self, data: Any, name: str) -> object:
+        return data  # torch has no keys; they come back from state.json
 
     def frozen(self, items: list[Any]) -> Any:
         return tuple(items)  # torch refuses frozensets; ours come back from state.json

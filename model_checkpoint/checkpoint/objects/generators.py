@@ -1,0 +1,62 @@
+"""Random generators that are objects: Python's and NumPy's. Torch's and TensorFlow's are their own adapters' affair."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from typing import Any
+
+from model_checkpoint.checkpoint.objects import ObjectAdapter
+
+
+class RandomAdapter(ObjectAdapter):
+    """``random.Random``."""
+
+    opaque = True
+
+    def owns(self, value: object) -> bool:
+        return isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
+
+    def class_of(self, value: object) -> str | None:
+        return "Random"
+
+    def state_of(self, value: Any) -> object:
+        version, words, gauss = value.getstate()
+        return {"class": self.class_of(value), "version": version, "words": array("I", words), "gauss": gauss}
+
+    def put_back(self, value: Any, state: Any) -> object:
+        value.setstate((state["version"], tuple(state["words"]), state["gauss"]))
+        return value
+
+
+class NumpyAdapter(ObjectAdapter):
+    """``numpy.random.Generator``, ``RandomState`` and bit generators."""
+
+    opaque = True
+
+    def owns(self, value: object) -> bool:
+        import numpy as np  # its own object is here, so it is loaded
+
+        return isinstance(value, (np.random.Generator, np.random.RandomState, np.random.BitGenerator))
+
+    def class_of(self, value: Any) -> str | None:
+        return str(self._state(value)["bit_generator"])
+
+    def state_of(self, value: Any) -> object:
+        return {"class": self.class_of(value), "state": self._state(value)}
+
+    def _state(self, value: Any) -> Any:
+        import numpy as np
+
+        if isinstance(value, np.random.RandomState):
+            return value.get_state(legacy=False)
+        return getattr(value, "bit_generator", value).state
+
+    def put_back(self, value: Any, state: Any) -> object:
+        import numpy as np
+
+        if isinstance(value, np.random.RandomState):
+            value.set_state(state["state"])
+        else:
+            getattr(value, "bit_generator", value).state = state["state"]
+        return value

@@ -1,0 +1,66 @@
+"""PyTorch's modules, optimizers and the like, by the names that they have without torch.compile and DDP."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from model_checkpoint.checkpoint.objects.methods import GetStateAdapter, StateDictAdapter
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_COMPILED = "_orig_mod."  # what torch.compile puts before the names of a part of a module
+_WRAPPED = "module."  # what DDP and DataParallel put before all names
+
+
+class TorchAdapter(StateDictAdapter):
+    """Whatever of torch has ``state_dict()``; what wraps a module is taken off."""
+
+    def owns(self, value: object) -> bool:
+        return super().owns(value) or GetStateAdapter().owns(value)
+
+    def complete(self, value: object) -> bool:
+        import torch  # its own object is here, so it is loaded
+
+        return isinstance(value, torch.nn.Module)
+
+    def setter(self, value: object) -> str | None:
+        return super().setter(value) if super().owns(value) else "set_state"
+
+    def known_as(self, key: str) -> str:
+        return key.replace(_COMPILED, "").removeprefix(_WRAPPED)
+
+    def state_of(self, value: Any) -> object:
+        if not super().owns(value):
+            return GetStateAdapter().state_of(value)
+        state: Any = super().state_of(unwrapped(value))
+        return state if not any(_is_compiled(key) for key in state) else _renamed(state, self.known_as)
+
+    def put_back(self, value: Any, state: Any) -> object:
+        if not super().owns(value):
+            return GetStateAdapter().put_back(value, state)
+        inner = unwrapped(value)
+        if self.complete(inner):
+            names = {self.known_as(key): key for key in inner.state_dict() if _is_compiled(key)}
+            state = _renamed(state, lambda key: names.get(key, key)) if names else state
+        super().put_back(inner, state)
+        return value
+
+
+def unwrapped(value: Any) -> Any:
+    """Return the module within torch.compile's, DDP's and DataParallel's wrappers."""
+    while type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ in _WRAPPERS:
+        value = getattr(value, _WRAPPERS[type(value).__name__])
+    return value
+
+
+def _is_compiled(key: object) -> bool:
+    return isinstance(key, str) and _COMPILED in key
+
+
+def _renamed(state: Any, name: Any) -> Any:
+    made = OrderedDict((name(key), value) for key, value in state.items())
+    if hasattr(state, "_metadata"):  # versions of each module's layout
+        made._metadata = OrderedDict(  # type: ignore[attr-defined]
+            (name(f"{key}.")[:-1] if key else key, value) for key, value in state._metadata.items()
+        )
+    return made

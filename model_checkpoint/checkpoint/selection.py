@@ -73,7 +73,7 @@ def _prune(tree: Any, path: str, matches: Any) -> Any:
     pairs = children(tree)
     if pairs is None:
         return _NOTHING
-    kept = [(key, _prune(child, f"{path}.{_text(key)}", matches)) for key, child in pairs]
+    kept = [(key, _prune(child, f"{path}.{key_text(key)}", matches)) for key, child in pairs]
     if all(child is _NOTHING for _, child in kept):
         return _NOTHING
     if isinstance(tree, list):
@@ -108,9 +108,9 @@ def _leaves(tree: Any, path: str) -> Iterator[str]:
     if not pairs:
         yield path
     for key, child in pairs or ():
-        yield from _leaves(child, f"{path}.{_text(key)}")
+        yield from _leaves(child, f"{path}.{key_text(key)}")
 
 
-def _text(key: Any) -> str:
+def key_text(key: Any) -> str:
     """Return a key as ``str`` shows the object; keys that are no plain values stand in the tree as tagged nodes."""
-    return ".".join(map(_text, key["$tuple"])) if isinstance(key, dict) and "$tuple" in key else str(key)
+    return ".".join(map(key_text, key["$tuple"])) if isinstance(key, dict) and "$tuple" in key else str(key)

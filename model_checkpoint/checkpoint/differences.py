@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from model_checkpoint.arrays import DTYPES
-from model_checkpoint.errors import FormatError
 
 _BLOCK = 1 << 15  # elements at once: what NumPy makes of them stays in the cache, and what Python makes is 4 MiB
 
@@ -60,9 +59,6 @@ def difference(dtype: str, a: memoryview, b: memoryview, np: Any) -> Difference:
         dtype: a name of ``DTYPES`` whose elements are whole bytes.
         a, b: the elements, little-endian, flat and of one length; they are only read.
         np: NumPy, or None to do without.
-
-    Raises:
-        FormatError: an element has no whole number of bytes.
     """
     form = _form(dtype)
     size = DTYPES[dtype].bits // 8
@@ -91,8 +87,6 @@ class _Form(NamedTuple):
 
 @cache
 def _form(dtype: str) -> _Form:
-    if DTYPES[dtype].bits % 8:
-        raise FormatError(f"elements of {dtype} are no whole bytes; they cannot be compared")
     if dtype.startswith("complex"):
         code = {32: "e", 64: "f", 128: "d"}[DTYPES[dtype].bits]
         return _Form(code, {"e": "H", "f": "I", "d": "Q"}[code], 2)

@@ -44,7 +44,8 @@ def saved_array(node: dict[str, Any]) -> SavedArray:
     """Return what a node of a tree says that refers to an array, be it stored so or a view of one.
 
     Raises:
-        FormatError: no such array can be.
+        FormatError: no such array can be, or its elements are no whole bytes.
+        KeyError, TypeError: the node is damaged.
     """
     base, shape = node.get("base", node), tuple(node["shape"])
     strides = tuple(node.get("strides", (math.prod(shape[i + 1 :]) for i in range(len(shape)))))
@@ -52,8 +53,10 @@ def saved_array(node: dict[str, Any]) -> SavedArray:
         base["of"], base["$array"], node["dtype"], shape, strides, node.get("offset", 0), math.prod(base["shape"])
     )
     counts = (*base["shape"], *shape, *strides, made.offset, math.prod(shape), made.stored)
+    if DTYPES[made.dtype].bits % 8:
+        raise FormatError(f"array {made.key!r}: elements of {made.dtype} are no whole bytes; they cannot be compared")
     possible = all(type(count) is int and 0 <= count <= _MOST for count in counts) and len(shape) == len(strides)
-    if not possible or made.dtype not in DTYPES or base["dtype"] != made.dtype:
+    if not possible or base["dtype"] != made.dtype:
         raise FormatError(f"array {made.key!r} has dtype {made.dtype}, shape {shape} and strides {strides}")
     last = made.offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
     if 0 not in shape and last >= made.stored:

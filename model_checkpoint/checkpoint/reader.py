@@ -181,7 +181,7 @@ class CheckpointReader:
             if head is not None:
                 self.read_piece(reader, 0, reader.content[:head])
                 return reader, backend.read({_plain_name(file): reader.content})
-            reader.close()
+            reader.let_go()
         return None, backend.read(self._contents([file]))
 
     def look_for(self, files: Sequence[FileEntry]) -> None:

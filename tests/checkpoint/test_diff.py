@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_storage import Store, needs_ml_dtypes, needs_numpy, needs_torch, np, torch
+from helpers_storage import Store, needs_ml_dtypes, needs_numpy, needs_torch, np, replace_file, torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model_checkpoint.checkpoint.comparison as comparison
+import model_checkpoint.integrity.reading as reading
 from model_checkpoint import CheckpointDiff, TensorDiff
 from model_checkpoint.arrays import DTYPES
 from model_checkpoint.checkpoint.comparison import compare
@@ -477,6 +479,7 @@ import sys
 from model_checkpoint import EnhancedCheckpointManager
 from model_checkpoint.utils.optional import find
 import model_checkpoint.checkpoint.comparison as comparison
+import model_checkpoint.integrity.reading as reading
 
 def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -597,6 +600,39 @@ def test_no_hook_runs(store: Store) -> None:
     with pytest.raises(IntegrityError):
         store.manager.diff(*ids)
     assert fired == []
+
+
+def test_without_libcrypto_a_file_is_verified_whole_and_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [store.save(large(change)) for change in (None, 2)]
+    monkeypatch.setattr(reading, "can_resume", lambda: False)
+    assert list(store.manager.diff(*ids).changed) == ["model.layer2"]
+    file = store.path(ids[1]) / "model.safetensors"
+    damage(file, -1)
+    with pytest.raises(IntegrityError, match=re.escape(str(file))):
+        store.manager.diff(*ids, keys="model.layer0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float32"},
+        {"shape": [3]},
+        {"shape": [-4]},
+        {"dtype": "float4_e2m1fn"},
+        {"dtype": "nonsense"},
+        {"$array": "nothing"},
+    ],
+    ids=str,
+)
+def test_a_tree_that_does_not_fit_the_files_is_refused(store: Store, change: dict[str, Any]) -> None:
+    ids = [store.save({"w": array("d", [number, 1])}) for number in range(2)]
+    for saved in ids:  # in both, so that they are not reshaped only
+        tree = json.loads((store.path(saved) / "state.json").read_bytes())
+        tree["model"]["w"].update(change)
+        replace_file(store.path(saved), "state.json", json.dumps(tree).encode())
+    readers = [CheckpointReader(str(store.path(i)), read_manifest(str(store.path(i)))[0], True, 1) for i in ids]
+    with pytest.raises(IntegrityError, match=f"{ids[0]}: a file cannot be decoded"):
+        compare(*readers)
 
 
 # Below the manager

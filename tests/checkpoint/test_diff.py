@@ -386,6 +386,48 @@ def test_arrays_that_share_memory_are_compared_as_they_are_seen(store: Store) ->
 
 
 @needs_torch
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": [6, 5]}, {"offset": 1}, {"offset": -1}, {"strides": [1]}, {"strides": [1, -6]}, {"dtype": "int32"}],
+    ids=str,
+)
+def test_views_that_reach_beyond_what_was_stored_are_refused(store: Store, change: dict[str, Any]) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    ids: list[str] = []
+    for number in range(2):
+        values = base + number
+        ids.append(store.save({"w": values, "t": values.t()}))
+        tree = json.loads((store.path(ids[-1]) / "state.json").read_bytes())
+        tree["model"]["t"].update(change)
+        replace_file(store.path(ids[-1]), "state.json", json.dumps(tree).encode())
+    readers = [CheckpointReader(str(store.path(i)), read_manifest(str(store.path(i)))[0], True, 1) for i in ids]
+    with pytest.raises(IntegrityError, match=f"{ids[0]}: a file cannot be decoded"):
+        compare(*readers)
+
+
+def test_names_that_look_the_same_are_kept_apart(store: Store) -> None:
+    before = {"a.b": array("b", [1]), "a": {"b": array("b", [2]), "c": 1}, "a.c": 2}
+    after = {"a.b": array("b", [1]), "a": {"b": array("b", [3]), "c": 1}, "a.c": 3}
+    found = diff(store, before, after)
+    assert {path: tensor.max_abs for path, tensor in found.tensors.items()} == {"model.a.b": 0, "model.a.b#2": 1}
+    assert {path: value.after for path, value in found.values.items()} == {"model.a.c#2": 3}
+
+
+def test_the_order_of_a_set_and_of_a_dict_does_not_count(store: Store) -> None:
+    orders = [[0, 8, "x"], [8, 0, "x"]]  # these two numbers collide
+    assert list(set(orders[0])) != list(set(orders[1]))
+    states = [{"set": set(order), **{str(key): key for key in order}} for order in orders]
+    assert diff(store, *states).same_state
+    assert set(diff(store, {"set": {1, "x"}}, {"set": {2, "x"}}).values) == {"model.set"}
+
+
+def test_nan_is_the_largest_change_and_infinity_the_next(store: Store) -> None:
+    before = {"a": array("d", [1]), "b": array("d", [0]), "c": array("d", [1])}
+    after = {"a": array("d", [2]), "b": array("d", [5]), "c": array("d", [NAN])}
+    assert list(diff(store, before, after).changed) == ["model.c", "model.b", "model.a"]
+
+
+@needs_torch
 def test_what_torch_hangs_on_a_state_dict_does_not_count(store: Store) -> None:
     model = torch.nn.Linear(2, 2)
     plain = OrderedDict(model.state_dict().items())
@@ -472,6 +514,34 @@ def test_a_chunk_is_verified_once(store: Store, read_bytes: list[str], monkeypat
     monkeypatch.setattr(FileReader, "check", noted)
     assert len(store.manager.diff(*ids).changed) == 500
     assert checked == [0, 0]
+
+
+@needs_torch
+def test_what_is_tied_or_turned_round_is_read_in_few_reads(store: Store, read_bytes: list[str]) -> None:
+    tied = torch.zeros(300, 200)
+    ids = []
+    for change in (0, 1):
+        turned = torch.zeros(300, 200)
+        turned[5, 7] = tied[1, 2] = change
+        ids.append(store.save({"w": turned, "t": turned.t(), **{f"tie{i}": tied for i in range(50)}}))
+    read_bytes.clear()
+    assert len(store.manager.diff(*ids).changed) == 52
+    assert read_bytes.count("model.safetensors") <= 2 * (2 + 1 + 3), "two of the head, one to verify, three arrays"
+
+
+def test_reading_a_file_twice_does_not_count_as_reading_another(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s", enable_compression=True, max_shard_size=100)
+    parts = [{"m": array("d", [2, 3])} for _ in range(3)]
+    ids = [
+        store.save({f"w{i}": array("d", [n]) * 10 for i in range(3)}, *parts[:2], extra_state=parts[2]) for n in (1, 2)
+    ]
+    assert len(list(store.path(ids[1]).iterdir())) == 1 + 1 + 4 + 3, "manifest, tree, index and shards, the other parts"
+    (file,) = store.path(ids[1]).glob("optimizer.*")
+    damage(file, -1)
+    assert store.manager.verify_experiment_integrity()["failed"] == 1
+    assert len(store.manager.diff(*ids).changed) == 3
+    assert store.row(ids[1])["status"] == "corrupt"
+    store.close()
 
 
 MEASURE = """

@@ -69,7 +69,7 @@ def two_arrays(draw: st.DrawFn) -> tuple[str, bytes, bytes]:
 
 
 @needs_numpy
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(two_arrays())
 def test_the_standard_library_and_numpy_compute_the_same(case: tuple[str, bytes, bytes]) -> None:
     dtype, a, b = case[0], memoryview(case[1]), memoryview(case[2])

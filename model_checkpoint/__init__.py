@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from model_checkpoint.checkpoint.diff import CheckpointDiff, TensorDiff
     from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManager
     from model_checkpoint.checkpoint.retention import (
         KeepBest,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Capture",
+    "CheckpointDiff",
     "EnhancedCheckpointManager",
     "ExperimentTracker",
     "KeepBest",
@@ -35,6 +37,7 @@ __all__ = [
     "KeepWithinBytes",
     "KeepYoungerThan",
     "Queries",
+    "TensorDiff",
     "__version__",
     "prometheus_text",
     "register_storage_backend",
@@ -43,6 +46,7 @@ __all__ = [
 _POLICIES = ("KeepBest", "KeepEvery", "KeepLast", "KeepTypes", "KeepWithinBytes", "KeepYoungerThan")
 _HOME = {
     **dict.fromkeys(_POLICIES, "model_checkpoint.checkpoint.retention"),
+    **dict.fromkeys(("CheckpointDiff", "TensorDiff"), "model_checkpoint.checkpoint.diff"),
     "EnhancedCheckpointManager": "model_checkpoint.checkpoint.enhanced_manager",
     **dict.fromkeys(("Capture", "ExperimentTracker", "Queries"), "model_checkpoint.tracking"),
     "prometheus_text": "model_checkpoint.performance.statistics",

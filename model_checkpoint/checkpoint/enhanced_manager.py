@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _COMPONENTS = ("model", "optimizer", "scheduler", "extra")
 _FLAGS = ("save_optimizer", "save_scheduler", "compute_checksum", "update_best", "save_rng", "blocking")
+_BLOCKING = (bool, type(None))
 
 
 class _Call(NamedTuple):
@@ -232,11 +233,10 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         started = time.perf_counter()
         if type(epoch) is not int or type(step) is not int or (epoch | step) >> 63:  # what is plain needs no check
             epoch, step = integers(epoch=epoch, step=step)
-        blocking = not self._async if blocking is None else blocking
-        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, save_rng, blocking)
-        if {*map(type, flags)} != {bool}:
-            check_flags(**dict(zip(_FLAGS, flags)))
-        background = not blocking and not self._queue.is_worker()
+        flags = (save_optimizer, save_scheduler, compute_checksum, update_best, save_rng)
+        if {*map(type, flags)} != {bool} or type(blocking) not in _BLOCKING:
+            check_flags(**dict(zip(_FLAGS, (*flags, blocking))))
+        background = (self._async if blocking is None else not blocking) and not self._queue.is_worker()
         record = CheckpointRecord(
             id=str(uuid.uuid4()),
             experiment_id=self._experiment_to_save(experiment_id),

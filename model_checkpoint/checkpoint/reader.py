@@ -46,14 +46,15 @@ class CheckpointReader:
         threads: how many read and hash at once.
 
     Attributes:
+        folder, manifest: as given.
         checks: what was found of each file that was read whole, in the form that verification records.
         sound: whether every file read was what was saved: what then fails is the decoding, not the bytes.
         verified: whether every file was compared with its digest.
     """
 
     def __init__(self, folder: str, manifest: Manifest, verify: bool, threads: int) -> None:
-        self._folder = folder
-        self._manifest = manifest
+        self.folder = folder
+        self.manifest = manifest
         self._verify = verify
         self._threads = threads
         self.checks: list[dict[str, Any]] = []
@@ -98,9 +99,9 @@ class CheckpointReader:
 
     def tree(self) -> dict[str, Any]:
         """Return component -> its JSON tree; raises what ``load`` raises."""
-        entry = next((f for f in self._manifest.files if _plain_name(f) == STATE_FILE), None)
+        entry = next((f for f in self.manifest.files if _plain_name(f) == STATE_FILE), None)
         if entry is None:
-            raise IntegrityError(self._folder, f"the manifest names no {STATE_FILE}")
+            raise IntegrityError(self.folder, f"the manifest names no {STATE_FILE}")
         tree = json.loads(bytes(self._contents([entry])[STATE_FILE]))
         if not isinstance(tree, dict):
             raise FormatError(f"{STATE_FILE} is no JSON object")
@@ -114,7 +115,7 @@ class CheckpointReader:
         except (IntegrityError, MissingDependencyError, UnknownBackendError, ConfigurationError, StorageError):
             raise  # about the files as a whole, or about this machine: not about what the files hold
         except (FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise IntegrityError(self._folder, f"a file cannot be decoded: {error}") from error
+            raise IntegrityError(self.folder, f"a file cannot be decoded: {error}") from error
 
     def _arrays(self, nodes: Nodes, one_by_one: bool, in_part: bool) -> Iterator[Arrays]:
         """Yield the arrays of the files that hold those of ``nodes``; with ``one_by_one`` a file's at a time."""
@@ -168,30 +169,65 @@ class CheckpointReader:
         read_parts([(reader, *part) for part in reader.parts(spans)], self._threads)
         self.sound = sound
 
+    def files_of(self, component: str) -> list[FileEntry]:
+        """Return the files that hold arrays of a component; one that holds several is among each one's."""
+        return self._holding({(component, ""): {}})
+
+    def open(self, file: FileEntry, stack: ExitStack) -> tuple[FileReader | None, Arrays]:
+        """Open a file to read pieces of it, and return what it holds, as ``located`` does of several.
+
+        Unlike there, only the head is kept in memory, and a file without chunks is read in pieces, too.
+        """
+        backend = self._backend()
+        if file.compression is None:
+            reader = self._open(file, stack)
+            self.read_piece(reader, 0, reader.content[:_HEAD])
+            head = backend.head(reader.content[:_HEAD])
+            if head is not None:
+                self.read_piece(reader, 0, reader.content[:head])
+                return reader, backend.read({_plain_name(file): reader.content})
+            reader.let_go()
+        return None, backend.read(self._contents([file]))
+
+    def look_for(self, files: Sequence[FileEntry]) -> None:
+        """Raise IntegrityError unless the files are there in their length; nothing is read."""
+        with ExitStack() as stack:
+            sound, self.sound = self.sound, False
+            for file in files:
+                self._open(file, stack)
+            self.sound = sound
+
+    def read_piece(self, file: FileReader, begin: int, memory: memoryview) -> None:
+        """Fill ``memory`` with verified bytes of a file; a chunk at a time is in memory besides."""
+        sound, self.sound = self.sound, False
+        file.verify(begin, begin + memory.nbytes)
+        file.read_into(begin, memory)
+        self.sound = sound
+
     def verify_all(self) -> None:
         """Compare every file with its digest, in the memory of a chunk for each thread; nothing is verified again."""
         if not self._verify:
             return
         sound, self.sound = self.sound, False
         with ExitStack() as stack:
-            readers = [self._open(file, stack) for file in self._manifest.files]
+            readers = [self._open(file, stack) for file in self.manifest.files]
             run(
                 [partial(r.check, *part) for r in readers for part in r.parts([(0, r.content.nbytes)])],
                 self._threads,
             )
-        self.sound = sound and all(file.sha256 is not None for file in self._manifest.files)
-        self.checks = [_told(file) for file in self._manifest.files]
+        self.sound = sound and all(file.sha256 is not None for file in self.manifest.files)
+        self.checks = [_told(file) for file in self.manifest.files]
         self.verified = self.sound
         self._verify = False
 
     def _holding(self, nodes: Nodes) -> list[FileEntry]:
         """Return the files that hold the components of ``nodes``."""
         owners = {component for component, _ in nodes}
-        files = [f for f in self._manifest.files if f.component in owners or (f.component is None and owners)]
+        files = [f for f in self.manifest.files if f.component in owners or (f.component is None and owners)]
         return [f for f in files if _plain_name(f) != STATE_FILE]
 
     def _backend(self) -> StorageBackend:
-        return storage_backend(self._manifest.backend)
+        return storage_backend(self.manifest.backend)
 
     def _contents(self, files: Sequence[FileEntry]) -> dict[str, memoryview]:
         """Return name -> content of whole files, verified and decompressed."""
@@ -203,17 +239,17 @@ class CheckpointReader:
                 read_parts(parts, self._threads)
             contents = [reader.content for reader in readers]
         else:
-            contents = [map_file(os.path.join(self._folder, file.name), file.size) for file in files]
+            contents = [map_file(os.path.join(self.folder, file.name), file.size) for file in files]
         self.sound = sound and all(file.sha256 is not None for file in files)
         if self._verify:
-            self.checks += [_told(file) for file in files]
+            self.checks += [told for told in map(_told, files) if told not in self.checks]  # it may be read again
         tasks = [partial(self._decompressed, *pair) for pair in zip(files, contents)]
         return dict(zip(map(_plain_name, files), run(tasks, self._threads if _any_compressed(files) else 1)))
 
     def _open(self, file: FileEntry, stack: ExitStack) -> FileReader:
         if not self._verify:
             file = file._replace(sha256=None, chunk_size=None, states=())
-        reader = FileReader(os.path.join(self._folder, file.name), file)
+        reader = FileReader(os.path.join(self.folder, file.name), file)
         stack.callback(reader.close)
         return reader
 
@@ -223,7 +259,7 @@ class CheckpointReader:
         try:
             return decompress(content, file.compression, file.raw_size or 0)
         except FormatError as error:
-            raise IntegrityError(os.path.join(self._folder, file.name), str(error)) from error
+            raise IntegrityError(os.path.join(self.folder, file.name), str(error)) from error
 
 
 class _Ahead:

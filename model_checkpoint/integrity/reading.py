@@ -29,7 +29,7 @@ class FileReader:
         entry: what the manifest says of it; without a digest, only its length is compared.
 
     Attributes:
-        path: as given.
+        path, size: as given, and its length in bytes.
         content: the whole file's length of memory, writable and zero where nothing was read yet; the caller owns it.
 
     Raises:
@@ -40,22 +40,23 @@ class FileReader:
     def __init__(self, path: str, entry: FileEntry) -> None:
         self.path = path
         self._file = _open_checked(path, entry.size)
+        self.size = entry.size
         self.content = fresh_memory(entry.size)
         self._digest = entry.sha256
         self._states = entry.states
         whole = entry.sha256 is not None and not (entry.chunk_size and can_resume())
         self._chunk = max(entry.size, 1) if whole else entry.chunk_size or CHUNK
         self._read: set[int] = set()  # chunks
+        self._verified: set[int] = set()  # those that were not kept
 
     def parts(self, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return what ``read`` must still be called with so that the bytes of ``spans`` (begin, end) are there."""
-        size = self.content.nbytes
         wanted: set[int] = set()
         for begin, end in spans:
             wanted.update(range(begin // self._chunk, -(-end // self._chunk)))
         found: list[tuple[int, int]] = []
         for chunk in sorted(wanted - self._read):
-            first, last = chunk * self._chunk, min(size, (chunk + 1) * self._chunk)
+            first, last = chunk * self._chunk, min(self.size, (chunk + 1) * self._chunk)
             if found and found[-1][1] == first and first - found[-1][0] < _AT_ONCE * self._chunk:
                 found[-1] = (found[-1][0], last)
             else:
@@ -77,6 +78,18 @@ class FileReader:
         if self._digest is not None:
             self._compare(begin, end, None)
 
+    def verify(self, begin: int, end: int) -> None:
+        """Verify the chunks that hold the bytes from ``begin`` to ``end``, each once, as ``check`` does."""
+        for chunk in range(begin // self._chunk, -(-end // self._chunk)):
+            if chunk not in self._verified and chunk not in self._read:
+                self.check(chunk * self._chunk, min(self.size, (chunk + 1) * self._chunk))
+                self._verified.add(chunk)
+
+    def let_go(self) -> None:
+        """Give up the content; what was verified counts as such."""
+        self.content = memoryview(b"")
+        self._verified |= self._read
+
     def _compare(self, begin: int, end: int, memory: memoryview | None) -> None:
         first, last = begin // self._chunk, -(-end // self._chunk)
         digest = None
@@ -90,7 +103,7 @@ class FileReader:
             if digest is not None:
                 digest.update(piece)
         if digest is not None:
-            at_end = end == self.content.nbytes
+            at_end = end == self.size
             expected = self._digest if at_end else self._states[last - 1]
             if (digest.hexdigest() if at_end else digest.state()) != expected:
                 self._refuse()
@@ -110,7 +123,7 @@ class FileReader:
                     "read a checkpoint file", self.path, error, "check the disk and try again"
                 ) from error
             if not count:
-                raise IntegrityError(self.path, "the file shrank while it was read", self.content.nbytes, position)
+                raise IntegrityError(self.path, "the file shrank while it was read", self.size, position)
             position, memory = position + count, memory[count:]
 
     def _refuse(self) -> None:

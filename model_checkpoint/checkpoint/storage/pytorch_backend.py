@@ -32,7 +32,7 @@ class PyTorchBackend(StorageBackend):
         arrays = _own_storages(state.arrays)
         decoder = _TorchDecoder(lambda component, key: arrays[component][key])
         content: dict[str, Any] = {"model_state_dict": None}
-        content |= {f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items()}
+        content |= {f"{component}_state_dict": decoder.node(state.tree[component]) for component in state.arrays}
         content["arrays"] = {
             component: {key: decoder.array(component, key, array) for key, array in named.items()}
             for component, named in arrays.items()

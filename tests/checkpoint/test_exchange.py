@@ -425,6 +425,20 @@ def test_everything_is_in_an_exported_pt_file(manager: EnhancedCheckpointManager
     assert manager.load_checkpoint(manager.import_checkpoint(tmp_path / "list.pt"))["extra_state"] == [1]
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_file_of_our_own_pytorch_backend_comes_in_as_what_was_saved(
+    tracker: ExperimentTracker, tmp_path: Path, copy: bool
+) -> None:
+    manager = EnhancedCheckpointManager(tracker, tmp_path / "c", "pytorch")
+    model, optimizer, _ = trained()
+    saved = manager.save_checkpoint(model, optimizer, extra_state={"seen": [1]})
+    file = Path(manager.list_checkpoints()[0]["path"]) / "checkpoint.pt"
+    loaded = manager.load_checkpoint(manager.import_checkpoint(file, copy=copy))
+    original = manager.load_checkpoint(saved)
+    for part in ("model_state_dict", "optimizer_state_dict", "extra_state"):
+        assert equal(loaded[part], original[part])
+
+
 def test_large_folders_are_sharded_with_an_index(
     manager: EnhancedCheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -242,6 +243,30 @@ def test_a_dcp_checkpoint_comes_in_and_its_optimizer_goes_on(
         manager.import_checkpoint(tmp_path / "dcp", copy=False)
 
 
+def test_a_flat_dcp_layout_without_the_planners_notes_is_sorted_by_its_names(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    model, optimizer = trained()
+    save_dcp({"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"], "epoch": 4}, tmp_path / "dcp")
+
+    def forget(metadata: Any) -> None:
+        metadata.planner_data = None
+
+    rewrite_metadata(tmp_path / "dcp", forget)
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "dcp"))
+    assert equal(loaded["model_state_dict"], dict(model.state_dict()))
+    assert equal(loaded["optimizer_state_dict"]["1.exp_avg"], optimizer.state_dict()["state"][1]["exp_avg"])
+    assert loaded["epoch"] == 4
+
+
+def test_items_of_a_dcp_checkpoint_that_need_more_say_so(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    save_dcp({"model": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=0.1)}, tmp_path / "dcp")
+    with pytest.raises(ConfigurationError, match=r"args.*argparse\.Namespace.*trust=True"):
+        manager.import_checkpoint(tmp_path / "dcp")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "dcp", trust=True))
+    assert loaded["extra_state"] == {"args": {"lr": 0.1}}
+
+
 def test_flat_dcp_keys_stay_as_they_are(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
     model, _ = trained()
     save_dcp({f"model.{key}": value for key, value in model.state_dict().items()}, tmp_path / "dcp")
@@ -293,6 +318,9 @@ class Evil:
 def harm_dcp(path: Path, how: str) -> None:
     if how == "code":
         (path / ".metadata").write_bytes(pickle.dumps(Evil(path.parent / "owned")))
+    elif how == "class":  # which would change torch's own class for this process
+        text = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}(Vversion\nctorch\nSize\nutb."
+        (path / ".metadata").write_bytes(text)
     elif how == "cut":
         (path / "__0_0.distcp").write_bytes((path / "__0_0.distcp").read_bytes()[:-30])
     elif how == "lost":
@@ -312,7 +340,7 @@ def harm_dcp(path: Path, how: str) -> None:
         rewrite_metadata(path, point)
 
 
-@pytest.mark.parametrize("how", ["code", "cut", "lost", "garbage", "link", "outside"])
+@pytest.mark.parametrize("how", ["code", "class", "cut", "lost", "garbage", "link", "outside"])
 def test_damaged_and_hostile_dcp_checkpoints_are_refused(
     manager: EnhancedCheckpointManager, tmp_path: Path, how: str
 ) -> None:
@@ -322,6 +350,7 @@ def test_damaged_and_hostile_dcp_checkpoints_are_refused(
         manager.import_checkpoint(tmp_path / "dcp")
     assert nothing_left(manager, tmp_path / "c")
     assert not (tmp_path / "owned").exists()
+    assert pytest.importorskip("torch.distributed.checkpoint.metadata").Metadata.version is None
 
 
 # transformers

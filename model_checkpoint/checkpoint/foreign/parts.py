@@ -57,6 +57,8 @@ class Foreign(NamedTuple):
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "extra": self.extra}
 
 
+# Files of torch.save that were imported in place are taken apart by these names again whenever they are read: whoever
+# changes them must keep these for files named ``pytorch_backend.FOREIGN_NAME``, and give new ones another name.
 _MODEL = ("model_state_dict", "state_dict", "model", "module", "net")
 _STATES = {
     "optimizer": ("optimizer_state_dict", "optimizer_states", "optimizer", "optim"),

@@ -134,6 +134,7 @@ class CheckpointExchange(CheckpointLoading):
         self._take_turn(False)
         state = encode(found.components())
         self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, experiment_id)
+        self._take_turn(False)  # of a hook, or of another thread
         known = self._experiments[experiment_id][1]
         self._save(SaveCall(record, details_of(record), known, self._integrity, started), state, found.files)
         self._after_save(record.id)

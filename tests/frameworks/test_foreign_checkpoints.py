@@ -299,12 +299,38 @@ def test_a_tensor_of_several_ranks_is_put_together(manager: EnhancedCheckpointMa
     loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "dcp"))
     assert equal(loaded["model_state_dict"], {"w": whole})
 
+    def overlap(metadata: Any) -> None:
+        metadata.state_dict_metadata["w"].chunks[1].offsets = torch.Size([1, 0])
+        (first, info), (_, other) = metadata.storage_data.items()
+        metadata.storage_data = {first: info, metadata_of.MetadataIndex("w", [1, 0]): other}
+
+    shutil.copytree(tmp_path / "dcp", tmp_path / "overlap")
+    rewrite_metadata(tmp_path / "overlap", overlap)
+    with pytest.raises(FormatError, match="overlap"):
+        manager.import_checkpoint(tmp_path / "overlap")
+
     def lie(metadata: Any) -> None:
         metadata.state_dict_metadata["w"].size = torch.Size([10**6, 10**6])
 
     rewrite_metadata(tmp_path / "dcp", lie)
     with pytest.raises(FormatError, match="do not make"):
         manager.import_checkpoint(tmp_path / "dcp")
+
+
+def test_a_sharded_checkpoint_of_lightning_is_one_of_lightning(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    """Its strategies write model and optimizers with DCP, and the rest beside them (FSDPStrategy.save_checkpoint)."""
+    path = lightning_file(tmp_path, width=4)
+    content = torch.load(path, weights_only=True)
+    expected = manager.load_checkpoint(manager.import_checkpoint(path))
+    states = content.pop("optimizer_states")
+    sharded = {"model": content.pop("state_dict"), **{f"optimizer_{i}": state for i, state in enumerate(states)}}
+    save_dcp(sharded, tmp_path / "sharded")
+    torch.save(content, tmp_path / "sharded" / "meta.pt")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "sharded"))
+    for name in ("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "extra_state", "epoch", "step"):
+        assert equal(loaded[name], expected[name]), name
 
 
 class Evil:

@@ -15,7 +15,7 @@ from typing import Any
 from model_checkpoint.checkpoint.foreign import take_apart
 from model_checkpoint.checkpoint.foreign.files import member, read_whole
 from model_checkpoint.checkpoint.foreign.parts import Foreign, Source
-from model_checkpoint.checkpoint.foreign.pickles import load_item
+from model_checkpoint.checkpoint.foreign.pickles import load, load_item
 from model_checkpoint.errors import ConfigurationError, FormatError, ModelCheckpointError
 from model_checkpoint.utils.optional import require
 
@@ -42,6 +42,7 @@ _VALUES: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
 }
 _OPTIMIZERS = ("optimizer", "optim")
+_REST = "meta.pt"  # where Lightning puts what is not sharded
 _PARTS = ("model", *_OPTIMIZERS, "lr_scheduler", "scheduler")
 
 
@@ -54,11 +55,21 @@ def read(source: Source) -> Foreign:
         metadata = _Unpickler(torch, bytes(read_whole(member(source.path, ".metadata")))).load()
         items = _Items(torch, source, metadata.storage_data)
         flat = {name: items.read(name, kind) for name, kind in metadata.state_dict_metadata.items()}
-        return take_apart(_nested(flat, metadata.planner_data))
+        return take_apart(_with_rest(source, _nested(flat, metadata.planner_data)))
     except (ModelCheckpointError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - records of any form raise whatever they like
         raise FormatError(f"{source.path} is a damaged DCP checkpoint: {error!r:.1000}") from None
+
+
+def _with_rest(source: Source, content: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the content as Lightning's Trainer had it, where that has put a part of it beside the shards."""
+    if not os.path.lexists(os.path.join(source.path, _REST)):
+        return content
+    rest = load(member(source.path, _REST), source.trust)
+    states = [content.pop(name) for name in [f"optimizer_{i}" for i in range(len(content))] if name in content]
+    model = {"state_dict": content.pop("model")} if "model" in content else {}
+    return {**rest, **content, **model, "optimizer_states": states}
 
 
 class _Record:
@@ -163,7 +174,7 @@ def _nested(flat: dict[str, Any], paths: Mapping[str, tuple[Any, ...]] | None) -
             place = place.setdefault(step, {})
         place[path[-1]] = value
     made = _listed(root)
-    return {key: _numbered(value) if key in _OPTIMIZERS else value for key, value in made.items()}
+    return {key: _numbered(value) if str(key).startswith(_OPTIMIZERS) else value for key, value in made.items()}
 
 
 def _listed(tree: Any) -> Any:

@@ -70,14 +70,14 @@ def member(folder: str, name: object) -> str:
     Raises:
         FormatError: there is no such file, or it is not in the folder.
     """
-    if not isinstance(name, str) or not name or "\0" in name or os.path.basename(name) != name or name in (".", ".."):
-        raise FormatError(f"{folder} names a file {name!r}; only files of the folder itself are read")
+    if not isinstance(name, str) or "\0" in name:
+        raise FormatError(f"{folder} names a file {name!r}, which cannot be one")
     path = os.path.realpath(os.path.join(folder, name))
     homes = [folder]
     if os.path.basename(os.path.dirname(folder)) == "snapshots":
         homes.append(os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs"))
     if os.path.dirname(path) not in homes:
-        raise FormatError(f"{folder}/{name} is a link that leads out of the folder; only files of the folder are read")
+        raise FormatError(f"{folder} names a file {name!r} that lies elsewhere; only files of the folder are read")
     if not os.path.isfile(path):
         raise FormatError(f"{folder} has no file {name!r}, which belongs to the checkpoint; get it, then import again")
     return path

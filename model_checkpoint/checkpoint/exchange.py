@@ -74,8 +74,9 @@ class CheckpointExchange(CheckpointLoading):
             trust: load pickles fully, which runs whatever code they name. Do so only with files from people whom you
                 would let run programs as you. Not together with ``copy=False``.
             values: ``epoch``, ``step``, ``loss``, ``val_loss``, ``metrics``, ``config``, ``notes``, ``model_name``,
-                ``checkpoint_type`` and ``update_best`` of ``save_checkpoint``; the first six default to what the file
-                says of itself. The notes end with the name that was imported, and what was left out.
+                ``checkpoint_type`` and ``update_best`` of ``save_checkpoint``. Of the first six, those that are not
+                given, or None, are what the file says of itself. The notes end with the name that was imported, and
+                what was left out.
 
         Returns:
             The new checkpoint's id.
@@ -102,7 +103,8 @@ class CheckpointExchange(CheckpointLoading):
         found = foreign.read(foreign.Source(os.path.realpath(given), trust, copy))
         if found.left_out:
             log.warning("%s: left out %s, which has no safe form", given, ", ".join(found.left_out))
-        values = {**{name: getattr(found, name) for name in _FACTS}, **values}
+        given_values = {name: value for name, value in values.items() if value is not None}
+        values = {**{name: getattr(found, name) for name in _FACTS}, **given_values}
         values["notes"] = _notes(values.get("notes"), os.path.basename(given), found.left_out)
         if not copy:
             return self._adopt(found, experiment_id, values, started)

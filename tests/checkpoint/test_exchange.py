@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -137,6 +139,14 @@ def test_values_given_replace_those_of_the_file(manager: EnhancedCheckpointManag
         manager.import_checkpoint(tmp_path / "model.pt", optimizer=1)
 
 
+def test_what_is_given_as_none_is_what_the_file_says(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    write_parts(tmp_path / "model.pt")
+    nothing: dict[str, Any] = dict.fromkeys(("epoch", "step", "loss", "metrics", "checkpoint_type", "notes"))
+    for copy in (True, False):
+        loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "model.pt", copy=copy, **nothing))
+        assert (loaded["epoch"], loaded["step"], loaded["loss"]) == (7, 123, 0.25)
+
+
 def test_what_only_looks_like_a_fact_is_kept_as_extra_state(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
     content = {"state_dict": {"w": torch.ones(2)}, "epoch": "third", "metrics": [1], "step": None, "unknown": None}
     torch.save(content, tmp_path / "odd.pt")
@@ -209,6 +219,31 @@ def test_numpy_files_come_in_as_numpy_arrays(manager: EnhancedCheckpointManager,
     assert isinstance(manager.load_checkpoint(made)["model_state_dict"]["w"], np.ndarray)
     manager.export_checkpoint(made, tmp_path / "again.safetensors")
     assert load_file(tmp_path / "again.safetensors")["w"].tolist() == [0, 1, 2]
+
+
+BARE = """
+import sys
+for name in ("torch", "numpy", "ml_dtypes", "jax", "safetensors"):
+    sys.modules[name] = None
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+from model_checkpoint.errors import MissingDependencyError
+with ExperimentTracker("bare") as tracker:
+    manager = EnhancedCheckpointManager(tracker, "c")
+    for copy in (True, False):
+        loaded = manager.load_checkpoint(manager.import_checkpoint("f.safetensors", copy=copy))["model_state_dict"]
+        assert loaded["w"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
+        try:
+            manager.import_checkpoint("h.safetensors", copy=copy)
+        except MissingDependencyError as error:
+            assert "bfloat16" in str(error)
+"""
+
+
+def test_safetensors_come_in_without_any_package_where_python_has_such_numbers(tmp_path: Path) -> None:
+    safetensors_torch.save_file({"w": torch.arange(4.0).view(2, 2)}, tmp_path / "f.safetensors")
+    safetensors_torch.save_file({"w": torch.ones(2).bfloat16()}, tmp_path / "h.safetensors")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", BARE], cwd=tmp_path, env=environment, check=True, timeout=60)
 
 
 class Settings:

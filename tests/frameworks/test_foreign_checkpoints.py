@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +153,31 @@ def test_orbax_checkpoints_come_in_whole(manager: EnhancedCheckpointManager, tmp
     assert equal(loaded["model_state_dict"], expected)
     with pytest.raises(ConfigurationError, match="copy=True"):
         manager.import_checkpoint(path, copy=False)
+
+
+MANY_DEVICES = """
+import sys, jax, numpy as np, orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+mesh = Mesh(np.array(jax.devices()), ("x",))
+assert mesh.size == 4
+parts = NamedSharding(mesh, PartitionSpec("x"))
+whole = NamedSharding(mesh, PartitionSpec())
+state = {"w": jax.device_put(np.arange(32.0).reshape(8, 4), parts), "count": jax.device_put(np.int32(7), whole), "n": 3}
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(sys.argv[1], state)
+"""
+
+
+def test_arrays_of_devices_that_are_not_here_come_into_host_memory(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    options = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MANY_DEVICES, str(tmp_path / "orbax")]
+    subprocess.run(command, env={**os.environ, **options}, check=True, timeout=120)
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "orbax"))["model_state_dict"]
+    assert equal(loaded, {"w": np.arange(32, dtype="float32").reshape(8, 4), "count": np.int32(7), "n": 3})
+    assert isinstance(loaded["w"], np.ndarray)
 
 
 def test_a_train_state_of_flax_is_sorted_into_parts(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:

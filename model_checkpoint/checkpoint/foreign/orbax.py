@@ -85,7 +85,11 @@ def _tree(ocp: Any, folder: str) -> Any:
 
 
 def _restore_args(ocp: Any, np: Any, leaf: Any) -> Any:
-    return ocp.RestoreArgs(restore_type=np.ndarray) if getattr(leaf, "shape", None) else ocp.RestoreArgs()
+    """Ask for arrays in host memory: the devices that they were saved from need not be here. Plain numbers stay so."""
+    is_array = isinstance(leaf, ocp.metadata.ArrayMetadata)
+    if is_array and not isinstance(leaf, ocp.metadata.ScalarMetadata):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.RestoreArgs()
 
 
 def _check_sizes(folder: str, leaves: list[Any]) -> None:

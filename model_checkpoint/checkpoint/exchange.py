@@ -102,9 +102,9 @@ class CheckpointExchange(CheckpointLoading):
         experiment_id = self._experiment_to_save(experiment_id)
         found = foreign.read(foreign.Source(os.path.realpath(given), trust, copy))
         if found.left_out:
-            log.warning("%s: left out %s, which has no safe form", given, ", ".join(found.left_out))
-        given_values = {name: value for name, value in values.items() if value is not None}
-        values = {**{name: getattr(found, name) for name in _FACTS}, **given_values}
+            log.warning("import of %s: left out %s", given, ", ".join(found.left_out))
+        wanted = {name: value for name, value in values.items() if value is not None}
+        values = {**{name: getattr(found, name) for name in _FACTS}, **wanted}
         values["notes"] = _notes(values.get("notes"), os.path.basename(given), found.left_out)
         if not copy:
             return self._adopt(found, experiment_id, values, started)

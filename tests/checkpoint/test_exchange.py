@@ -550,6 +550,16 @@ def test_hostile_folders_are_refused_and_leave_nothing(
     assert nothing_left(manager, tmp_path / "c")
 
 
+def test_of_several_forms_of_one_model_the_safe_one_is_taken_and_the_other_named(
+    manager: EnhancedCheckpointManager, tmp_path: Path
+) -> None:
+    shard_folder(tmp_path / "hf")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "hf" / "pytorch_model.bin")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "hf"))
+    assert sorted(loaded["model_state_dict"]) == ["w1", "w2"]
+    assert manager.list_checkpoints()[0]["notes"] == "imported from hf; left out: pytorch_model.bin"
+
+
 @pytest.mark.parametrize("copy", [True, False])
 def test_the_links_of_hugging_faces_cache_are_followed(
     manager: EnhancedCheckpointManager, tmp_path: Path, copy: bool

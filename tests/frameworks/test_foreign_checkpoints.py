@@ -493,3 +493,17 @@ def test_a_folder_of_the_transformers_trainer_brings_its_optimizer(
     assert loaded["step"] == 2
     assert loaded["extra_state"]["trainer_state"]["max_steps"] == 2
     assert "training_args.bin" in manager.list_checkpoints()[0]["notes"]
+
+
+def test_what_accelerate_saves_brings_its_optimizer(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = trained()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    prepared = accelerator.prepare(model, optimizer, scheduler)
+    accelerator.save_state(str(tmp_path / "state"))
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "state"))
+    assert equal(loaded["model_state_dict"], dict(accelerator.unwrap_model(prepared[0]).state_dict()))
+    assert equal(loaded["optimizer_state_dict"], prepared[1].state_dict())
+    assert loaded["scheduler_state_dict"] == prepared[2].state_dict()
+    assert "random_states_0.pkl" in manager.list_checkpoints()[0]["notes"]

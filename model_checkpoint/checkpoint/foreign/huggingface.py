@@ -1,6 +1,6 @@
 """A Hugging Face folder: a model's tensors in one file or in shards with an index, and its ``config.json``.
 
-Of a folder that Hugging Face's Trainer wrote, optimizer, scheduler and ``trainer_state.json`` come along.
+Of a folder that the Trainer or Accelerate wrote, optimizer, scheduler and ``trainer_state.json`` come along.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from model_checkpoint.integrity.writing import write_bytes, write_file
 
 _SHARD = 5 * 10**9  # bytes; what Hugging Face's own tools take
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
-_TRAINER = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt"}
-_NOT_READ = ("rng_state.pth", "rng_state_0.pth", "training_args.bin", "scaler.pt")
+_STATES = {  # of the Trainer, and of Accelerate
+    "optimizer": ("optimizer.pt", "optimizer.bin"),
+    "scheduler": ("scheduler.pt", "scheduler.bin"),
+}
+_MAY_HOLD_STATE = (".safetensors", ".bin", ".pt", ".pth", ".pkl")
 
 
 def read(source: Source) -> Foreign:
@@ -35,17 +38,17 @@ def read(source: Source) -> Foreign:
     names, weight_map = _names(folder)
     paths = [member(folder, name) for name in names]
     pickled = names[0].endswith(".bin")
-    if not source.copy and (pickled or any(_has(folder, name) for name in _TRAINER.values())):
+    if not source.copy and (pickled or _states(folder)):
         raise ConfigurationError(f"{folder} has files of torch.save, which must be converted; use copy=True")
     if pickled:
-        return _trainer(source, Foreign(_unpickled(paths, folder, source.trust), config=config))
+        return _with_states(source, names, Foreign(_unpickled(paths, folder, source.trust), config=config))
+    files = [] if source.copy else _files(paths, names, weight_map)  # as they are before they are looked at
     sizes = [os.path.getsize(path) for path in paths]
     contents = [read_whole(path) if source.copy else map_file(path, size) for path, size in zip(paths, sizes)]
     model, _ = model_of(contents, folder)
     if weight_map is not None:
         _compare(folder, weight_map, dict(zip(names, contents)))
-    files = [] if source.copy else _files(paths, names, weight_map)
-    return _trainer(source, Foreign(model, config=config, backend="safetensors", files=files))
+    return _with_states(source, names, Foreign(model, config=config, backend="safetensors", files=files))
 
 
 def _has(folder: str, name: str) -> bool:
@@ -54,17 +57,16 @@ def _has(folder: str, name: str) -> bool:
 
 def _names(folder: str) -> tuple[list[str], dict[str, str] | None]:
     """Return the files that hold the model, and of shards what the index says: tensor -> file."""
-    for name in _WHOLE:
-        if _has(folder, name):
-            return [name], None
-    index = next(f"{name}.index.json" for name in _WHOLE if _has(folder, f"{name}.index.json"))
-    content = read_json(member(folder, index))
+    found = next(name for whole in _WHOLE for name in (whole, f"{whole}.index.json") if _has(folder, name))
+    if found in _WHOLE:
+        return [found], None
+    content = read_json(member(folder, found))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
-        raise FormatError(f"{folder}/{index} has no weight_map of tensors and files")
+        raise FormatError(f"{folder}/{found} has no weight_map of tensors and files")
     names = sorted(set(weight_map.values()))
     if len({name.endswith(".bin") for name in names}) > 1:
-        raise FormatError(f"{folder}/{index} names files of several formats: {names[:10]}")
+        raise FormatError(f"{folder}/{found} names files of several formats: {names[:10]}")
     return names, weight_map
 
 
@@ -96,24 +98,25 @@ def _unpickled(paths: list[str], folder: str, trust: bool) -> dict[str, object]:
     return model
 
 
-def _trainer(source: Source, found: Foreign) -> Foreign:
-    """Add what Hugging Face's Trainer put into the folder."""
-    states = {
-        part: load(member(source.path, name), source.trust)
-        for part, name in _TRAINER.items()
-        if _has(source.path, name)
-    }
-    left_out = tuple(name for name in _NOT_READ if _has(source.path, name))
+def _states(folder: str) -> dict[str, str]:
+    """Return the files of the parts besides the model: ``optimizer`` or ``scheduler`` -> name."""
+    return {part: name for part, names in _STATES.items() for name in names if _has(folder, name)}
+
+
+def _with_states(source: Source, names: list[str], found: Foreign) -> Foreign:
+    """Add what else a trainer put into the folder, and note what is left there."""
+    files = _states(source.path)
+    states = {part: load(member(source.path, name), source.trust) for part, name in files.items()}
+    unread = {name for name in os.listdir(source.path) if name.endswith(_MAY_HOLD_STATE)} - {*names, *files.values()}
+    found = found._replace(**states, left_out=tuple(sorted(unread)))
     if not _has(source.path, "trainer_state.json"):
-        return found._replace(**states, left_out=left_out)
+        return found
     told = read_json(member(source.path, "trainer_state.json"))
     epoch, step = (told.get("epoch"), told.get("global_step")) if isinstance(told, dict) else (None, None)
     return found._replace(
-        **states,
         extra={"trainer_state": told},
         epoch=int(epoch) if isinstance(epoch, (int, float)) and abs(epoch) < 2**63 else 0,
         step=step if isinstance(step, int) and abs(step) < 2**63 else 0,
-        left_out=left_out,
     )
 
 

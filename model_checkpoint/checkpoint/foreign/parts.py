@@ -33,7 +33,7 @@ class Foreign(NamedTuple):
     Attributes:
         model, optimizer, scheduler, extra: what ``save_checkpoint`` takes; their arrays belong to nobody else.
         epoch, step, loss, val_loss, metrics, config: what the file says of itself.
-        left_out: paths of what has no safe form.
+        left_out: paths of what has no safe form, and files of the folder that are not of its format.
         backend: name of the storage backend that reads ``files``.
         files: the files that hold the arrays, where a backend reads them as they are; else empty.
     """

@@ -24,11 +24,11 @@ from weakref import WeakSet
 
 from model_checkpoint.checkpoint.compression import SUFFIX, CompressingSink
 from model_checkpoint.checkpoint.identity import identify, stamp
-from model_checkpoint.checkpoint.storage.base_backend import PlannedFile
+from model_checkpoint.checkpoint.storage.base_backend import LinkedFile, PlannedFile
 from model_checkpoint.errors import ConfigurationError, LockTimeoutError, StorageError
 from model_checkpoint.integrity.manifest import FILE_NAME, FileEntry
 from model_checkpoint.integrity.sha256 import CHUNK
-from model_checkpoint.integrity.writing import FileSink, write_bytes, write_file
+from model_checkpoint.integrity.writing import FileSink, link_file, write_bytes, write_file
 from model_checkpoint.utils.folders import id_folders, make_again, refuse_links, remove_folder
 from model_checkpoint.utils.fork import watch
 from model_checkpoint.utils.parallel import Stop, run
@@ -206,7 +206,7 @@ class CheckpointDirectory:
         self,
         experiment_id: str,
         checkpoint_id: str,
-        planned: Sequence[PlannedFile],
+        planned: Sequence[PlannedFile | LinkedFile],
         manifest_of: ManifestOf,
         *,
         codec: str | None,
@@ -329,7 +329,7 @@ _size_of = attrgetter("size")
 
 
 def _write_all(
-    staging: str, planned: Sequence[PlannedFile], codec: str | None, hashed: bool, threads: int
+    staging: str, planned: Sequence[PlannedFile | LinkedFile], codec: str | None, hashed: bool, threads: int
 ) -> list[FileEntry]:
     """Write the files, the largest first, so that the last ones to end are small; returns them in the order given."""
     stop = Stop()
@@ -345,12 +345,18 @@ def _write_all(
     return [entry for _, entry in sorted(zip(order, written))]
 
 
-def _write_planned(staging: str, file: PlannedFile, codec: str | None, hashed: bool, stop: Stop) -> FileEntry:
+def _write_planned(
+    staging: str, file: PlannedFile | LinkedFile, codec: str | None, hashed: bool, stop: Stop
+) -> FileEntry:
+    if isinstance(file, LinkedFile):
+        codec = None
     name = file.name if codec is None else file.name + SUFFIX[codec]
     path = os.path.join(staging, name)
-    if codec is None:
+    raw_size = None
+    if isinstance(file, LinkedFile):
+        written = link_file(file.source, file.identity, path, hashed, stop)
+    elif codec is None:
         written = write_file(path, file.write, hashed, file.size, stop)
-        raw_size = None
     else:
         compressing: CompressingSink
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from model_checkpoint.checkpoint.arguments import (
     check_at_least_one,
@@ -21,6 +21,7 @@ from model_checkpoint.checkpoint.arguments import (
 )
 from model_checkpoint.checkpoint.background import SaveQueue
 from model_checkpoint.checkpoint.best import check_overrides, flags_taken
+from model_checkpoint.checkpoint.calls import SaveCall
 from model_checkpoint.checkpoint.catalog import GAUGES, Tracker, database_of
 from model_checkpoint.checkpoint.compression import best_codec
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
@@ -30,7 +31,7 @@ from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.reader import STATE_FILE
 from model_checkpoint.checkpoint.retention import Protection, RetentionPolicy
 from model_checkpoint.checkpoint.state import EncodedState, encode, to_json
-from model_checkpoint.checkpoint.storage import PlannedFile
+from model_checkpoint.checkpoint.storage import LinkedFile, PlannedFile
 from model_checkpoint.checkpoint.storage import storage_backend as find_backend
 from model_checkpoint.database.checkpoints import details_of
 from model_checkpoint.database.models import CheckpointRecord
@@ -52,27 +53,6 @@ log = logging.getLogger(__name__)
 _COMPONENTS = ("model", "optimizer", "scheduler", "extra")
 _FLAGS = ("save_optimizer", "save_scheduler", "compute_checksum", "update_best", "save_rng", "blocking")
 _BLOCKING = (bool, type(None))
-
-
-class _Call(NamedTuple):
-    """What a save was called with, and what else was true then.
-
-    Attributes:
-        record, details: what the user gave.
-        experiment: what manifests tell of the experiment.
-        hashed: whether to compute digests.
-        started: when it was called, of ``time.perf_counter``.
-        position: how many metric points there were; None: as many as there are at the commit.
-        stall: seconds for which its caller was held up, once they are known; None where that waits for it to end.
-    """
-
-    record: CheckpointRecord
-    details: Mapping[str, Any]
-    experiment: Mapping[str, Any]
-    hashed: bool
-    started: float
-    position: int | None = None
-    stall: list[float] | None = None
 
 
 class EnhancedCheckpointManager(ManagerLifecycle):
@@ -260,7 +240,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         if self.hook_manager is not None and HookEvent.BEFORE_CHECKPOINT_SAVE in self.hook_manager.listening:
             self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, record.experiment_id)
         known = self._experiments[record.experiment_id][1]
-        call = _Call(record, details, known, compute_checksum and self._integrity, started)
+        call = SaveCall(record, details, known, compute_checksum and self._integrity, started)
         if background:
             self._submit(call, state)
         else:
@@ -286,7 +266,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         if not self._must_save():  # asked after the wait: the signal may have come meanwhile
             self._queue.raise_failure()
 
-    def _submit(self, call: _Call, state: EncodedState) -> None:
+    def _submit(self, call: SaveCall, state: EncodedState) -> None:
         """Copy the state and hand it to the background."""
         behind = 0
         if self._tracker is not None and (self._tracker.unflushed or self._tracker.spooled):
@@ -298,14 +278,21 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         stall.append(time.perf_counter() - call.started)
         self._tally.count(call.record.experiment_id, stall_seconds=stall[0])
 
-    def _save(self, call: _Call, state: EncodedState) -> None:
-        """Make a checkpoint of a state that does not change meanwhile, in whatever thread."""
+    def _save(
+        self, call: SaveCall, state: EncodedState, files: Sequence[PlannedFile | LinkedFile] | None = None
+    ) -> None:
+        """Make a checkpoint of a state that does not change meanwhile, in whatever thread.
+
+        With ``files``, they hold its arrays already.
+        """
         record, saved = call.record, None
         started = time.perf_counter()
         hooks = self.hook_manager
         try:
             tree = to_json(state.tree).encode()
-            planned = self._backend.plan(state, self._max_shard_size)
+            planned: list[PlannedFile | LinkedFile] = [] if files is None else [*files]
+            if files is None:
+                planned += self._backend.plan(state, self._max_shard_size)
             planned.append(PlannedFile(STATE_FILE, None, len(tree), operator.methodcaller("write", tree)))
             if self._tracker is not None and (self._tracker.unflushed or self._tracker.spooled):
                 self._tracker.flush()  # so that the row notes where the metrics stand
@@ -337,7 +324,9 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         if excess or advised or self._policy is not None:
             self._retain(record.experiment_id)
 
-    def _write(self, call: _Call, planned: Sequence[PlannedFile]) -> tuple[CheckpointRecord, Mapping[str, float], int]:
+    def _write(
+        self, call: SaveCall, planned: Sequence[PlannedFile | LinkedFile]
+    ) -> tuple[CheckpointRecord, Mapping[str, float], int]:
         """Intent, bytes, manifest, publication, commit; returns record, flags taken, and how many there are now."""
         record, store, rows = call.record, self._directory.store_id, self._db.checkpoints
         behind = 0 if self._tracker is None else sum(self._tracker.spooled)
@@ -388,7 +377,7 @@ class EnhancedCheckpointManager(ManagerLifecycle):
         return {name: escape(getattr(found, name)) for name in names}
 
 
-def _manifest(call: _Call, sequence: int, entries: Sequence[FileEntry]) -> tuple[bytes, str]:
+def _manifest(call: SaveCall, sequence: int, entries: Sequence[FileEntry]) -> tuple[bytes, str]:
     record = call.record
     return Manifest(
         record.id, record.created_at, record.backend, sequence, call.experiment, call.details, tuple(entries)

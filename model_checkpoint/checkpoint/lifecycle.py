@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from weakref import WeakSet
 
 from model_checkpoint.checkpoint.arguments import check_id, check_seconds, save_arguments
-from model_checkpoint.checkpoint.comparison import CheckpointComparison
+from model_checkpoint.checkpoint.exchange import CheckpointExchange
 from model_checkpoint.checkpoint.preemption import SignalWatch
 from model_checkpoint.checkpoint.recovery import RecoveryReport, rebuild, recover
 from model_checkpoint.errors import ConfigurationError, SaveFailedError
@@ -22,7 +22,7 @@ _open: WeakSet[ManagerLifecycle] = WeakSet()  # those that were not closed
 Manager = TypeVar("Manager", bound="ManagerLifecycle")
 
 
-class ManagerLifecycle(CheckpointComparison):
+class ManagerLifecycle(CheckpointExchange):
     """The manager's own life; ``EnhancedCheckpointManager`` sets it up."""
 
     _signals: SignalWatch | None

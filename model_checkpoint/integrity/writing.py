@@ -6,9 +6,10 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
+from io import FileIO
 from typing import NamedTuple
 
-from model_checkpoint.errors import FormatError, StorageError
+from model_checkpoint.errors import ConfigurationError, FormatError, StorageError
 from model_checkpoint.integrity.sha256 import CHUNK, Sha256
 from model_checkpoint.utils.kernel import reserve, start_writeback
 from model_checkpoint.utils.parallel import Stop
@@ -168,6 +169,68 @@ def write_file(
         except OSError as error:
             raise _failed("make durable", path, error) from error
     return written
+
+
+def link_file(source: str, identity: tuple[int, int, int, int], path: str, hashed: bool, stop: Stop) -> Written:
+    """Give a file a second name, where it is one of a checkpoint; durable when this returns, but for the folder.
+
+    Args:
+        source: the file, which is only read.
+        identity: what ``identity_of`` said of it when it was looked at.
+        path: the new name, on the same file system.
+        hashed: whether to compute the digest.
+        stop: when it is called, reading ends with an error.
+
+    Raises:
+        ConfigurationError: the file system has no second names, or none from there.
+        FormatError: it is another file than the one that was looked at, or changed since.
+        StorageError: it cannot be read or made durable.
+    """
+    try:
+        os.link(source, path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EEXIST, errno.ENOSPC, errno.EIO):
+            raise _failed("link", source, error) from error
+        raise ConfigurationError(
+            f"{source} cannot have a second name in the checkpoint directory ({error.strerror}); use copy=True"
+        ) from error
+    try:
+        with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file:
+            written = _hash(file, hashed, stop)
+            os.fsync(file.fileno())
+            if identity_of(os.fstat(file.fileno())) != identity:
+                raise FormatError(f"{source} was changed while it was imported; import it again when it is whole")
+    except OSError as error:
+        raise _failed("read", source, error) from error
+    return written
+
+
+def identity_of(found: os.stat_result) -> tuple[int, int, int, int]:
+    """Return device, inode, length in bytes and time of the last change of a file, which tell it from others."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _hash(file: FileIO, hashed: bool, stop: Stop) -> Written:
+    size = os.fstat(file.fileno()).st_size
+    if not hashed:
+        return Written(size, None, ())
+    digest, states, left = Sha256(), [], size
+    buffer = memoryview(bytearray(min(CHUNK, size)))
+    while left:
+        if stop.called:
+            raise InterruptedError(errno.EINTR, "called off", file.name)
+        piece = buffer[: min(CHUNK, left)]
+        filled = 0
+        while filled < piece.nbytes:
+            count = file.readinto(piece[filled:])
+            if not count:
+                raise OSError(errno.EIO, "the file shrank while it was read", file.name)
+            filled += count
+        digest.update(piece)
+        left -= filled
+        states.append(digest.state())
+    needed = max(0, -(-size // CHUNK) - 1)
+    return Written(size, digest.hexdigest(), tuple(state for state in states[:needed] if state is not None))
 
 
 def write_bytes(path: str, data: bytes) -> None:

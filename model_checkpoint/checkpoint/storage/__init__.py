@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from model_checkpoint.checkpoint.storage.base_backend import PlannedFile, Sink, StorageBackend
+from model_checkpoint.checkpoint.storage.base_backend import LinkedFile, PlannedFile, Sink, StorageBackend
 from model_checkpoint.errors import ConfigurationError, UnknownBackendError
 
-__all__ = ["PlannedFile", "Sink", "StorageBackend", "register_storage_backend", "storage_backend"]
+__all__ = ["LinkedFile", "PlannedFile", "Sink", "StorageBackend", "register_storage_backend", "storage_backend"]
 
 ENTRY_POINT_GROUP = "model_checkpoint.storage_backends"
 

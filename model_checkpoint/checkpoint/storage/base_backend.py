@@ -37,6 +37,22 @@ class PlannedFile(NamedTuple):
     write: Callable[[Sink], object]
 
 
+class LinkedFile(NamedTuple):
+    """One file of a checkpoint that there is already: it gets a second name, and its bytes are not copied.
+
+    Attributes:
+        name, component, size: as in ``PlannedFile``; it is never compressed.
+        source: where it is, with no link on the way, on the file system of the checkpoint directory.
+        identity: what ``integrity.writing.identity_of`` said of it when its content was looked at.
+    """
+
+    name: str
+    component: str | None
+    size: int
+    source: str
+    identity: tuple[int, int, int, int]
+
+
 class StorageBackend(ABC):
     """A storage format. Implementations have no state: one object serves all threads."""
 

@@ -13,12 +13,14 @@ from typing import Any, ClassVar
 
 from model_checkpoint.arrays import HostArray, adapter_for
 from model_checkpoint.checkpoint.decoding import Decoder
-from model_checkpoint.checkpoint.state import EncodedState
+from model_checkpoint.checkpoint.foreign import take_apart
+from model_checkpoint.checkpoint.state import EncodedState, encode
 from model_checkpoint.checkpoint.storage.base_backend import PlannedFile, Sink, StorageBackend
 from model_checkpoint.errors import FormatError
 from model_checkpoint.utils.optional import require
 
 FILE_NAME = "checkpoint.pt"
+FOREIGN_NAME = "foreign.pt"  # a file of torch.save that was imported as it is; it has no ``arrays``
 _SHOWN = 1000  # characters of torch's message
 
 
@@ -28,33 +30,55 @@ class PyTorchBackend(StorageBackend):
     name: ClassVar[str] = "pytorch"
 
     def plan(self, state: EncodedState, max_shard_size: int | None) -> list[PlannedFile]:
-        torch = require("torch", "torch", "the pytorch storage backend")
-        arrays = _own_storages(state.arrays)
-        decoder = _TorchDecoder(lambda component, key: arrays[component][key])
-        content: dict[str, Any] = {"model_state_dict": None}
-        content |= {f"{component}_state_dict": decoder.node(state.tree[component]) for component in state.arrays}
-        content["arrays"] = {
-            component: {key: decoder.array(component, key, array) for key, array in named.items()}
-            for component, named in arrays.items()
-        }
-        return [PlannedFile(FILE_NAME, None, None, lambda sink: torch.save(content, _Stream(sink)))]
+        require("torch", "torch", "the pytorch storage backend")
+        state = EncodedState(state.tree, _own_storages(state.arrays))
+        content = content_of(state, index=True)
+        return [PlannedFile(FILE_NAME, None, None, lambda sink: save_content(content, sink))]
 
     def read(self, files: Mapping[str, memoryview]) -> dict[str, dict[str, HostArray]]:
         torch = require("torch", "torch", "the pytorch storage backend")
-        file = io.BufferedReader(_MemoryFile(files[FILE_NAME]), 1 << 20)  # 1 MiB
+        name = FILE_NAME if FILE_NAME in files else FOREIGN_NAME
+        file = io.BufferedReader(_MemoryFile(files[name]), 1 << 20)  # 1 MiB
         try:
-            _check_archive(file, files[FILE_NAME].nbytes)
+            check_archive(file, files[name].nbytes)
             content = torch.load(file, weights_only=True, map_location="cpu")
+            if name == FOREIGN_NAME:
+                return encode(take_apart(content).components()).arrays
             return {
                 component: {key: _host(tensor) for key, tensor in tensors.items()}
                 for component, tensors in content["arrays"].items()
             }
         except Exception as error:  # noqa: BLE001 - torch and what it calls raise whatever they like
             reason = str(error)[:_SHOWN]  # torch quotes what it does not understand, however long that is
-            raise FormatError(f"{FILE_NAME} does not load with weights_only=True: {reason}") from None
+            raise FormatError(f"{name} does not load with weights_only=True: {reason}") from None
 
 
-def _check_archive(file: Any, size: int) -> None:
+def content_of(state: EncodedState, index: bool = False) -> dict[str, Any]:
+    """Return a state as torch's users know it, of nothing but what ``weights_only=True`` reads.
+
+    Args:
+        state: what to store; all of its arrays become tensors that share its memory.
+        index: whether to name the tensors by component and key, too.
+    """
+    decoder = _TorchDecoder(lambda component, key: state.arrays[component][key])
+    content: dict[str, Any] = {"model_state_dict": None}
+    content |= {
+        f"{component}_state_dict": decoder.node(tree) for component, tree in state.tree.items() if component != "rng"
+    }
+    if index:
+        content["arrays"] = {
+            component: {key: decoder.array(component, key, array) for key, array in named.items()}
+            for component, named in state.arrays.items()
+        }
+    return content
+
+
+def save_content(content: Mapping[str, Any], sink: Sink) -> None:
+    """Write what ``content_of`` made."""
+    require("torch", "torch", "saving as torch does").save(content, _Stream(sink))
+
+
+def check_archive(file: Any, size: int) -> None:
     """Refuse an archive that would unpack to more than it is: torch.save compresses nothing, torch.load would."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()

@@ -39,14 +39,14 @@ class SafeTensorsBackend(StorageBackend):
                 continue
             size = sum(map(_nbytes, arrays.values()))
             limit = max_shard_size or max(_SHARD[0], min(size // _PARTS, _SHARD[1]))
-            shards = [arrays] if size <= limit else _shards(arrays, size, limit)
+            shards = [arrays] if size <= limit else split(arrays, size, limit)
             names = [f"{component}.safetensors"]
             if len(shards) > 1:
                 names = [f"{component}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
                 files.append(_index(component, names, shards))
             for name, shard in zip(names, shards):
                 header, ordered, size = build_header(shard)
-                files.append(PlannedFile(name, component, size, partial(_write, header, ordered)))
+                files.append(PlannedFile(name, component, size, partial(write_tensors, header, ordered)))
         return files
 
     def read(self, files: Mapping[str, memoryview]) -> dict[str, dict[str, HostArray]]:
@@ -64,7 +64,7 @@ class SafeTensorsBackend(StorageBackend):
 _nbytes = attrgetter("data.nbytes")
 
 
-def _shards(arrays: dict[str, HostArray], left: int, limit: int) -> list[dict[str, HostArray]]:
+def split(arrays: dict[str, HostArray], left: int, limit: int) -> list[dict[str, HostArray]]:
     """Return the arrays in as few parts of at most ``limit`` bytes as can be, of about one size: they are parallel."""
     shards: list[dict[str, HostArray]] = [{}]
     size, fair = 0, left / max(1, -(-left // limit))
@@ -86,18 +86,22 @@ def _index(component: str, names: list[str], shards: list[dict[str, HostArray]])
     return PlannedFile(f"{component}.safetensors.index.json", component, len(text), lambda sink: sink.write(text))
 
 
-def _write(header: bytes, arrays: list[HostArray], sink: Sink) -> None:
+def write_tensors(header: bytes, arrays: list[HostArray], sink: Sink) -> None:
+    """Write the file that ``build_header`` planned."""
     sink.write(header)
     for array in arrays:
         if array.data.nbytes:
             sink.write(array.data)
 
 
-def build_header(arrays: Mapping[str, HostArray]) -> tuple[bytes, list[HostArray], int]:
+def build_header(
+    arrays: Mapping[str, HostArray], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[HostArray], int]:
     """Plan one file.
 
     Args:
         arrays: key -> array. Wide elements come first, so that every array starts on a multiple of its element size.
+        metadata: what the header shall say of itself; None for what Hugging Face needs to read torch's tensors.
 
     Returns:
         The file's bytes before the data, the arrays in the order in which their data follows, and the file's length.
@@ -108,7 +112,9 @@ def build_header(arrays: Mapping[str, HostArray]) -> tuple[bytes, list[HostArray
         by_width.setdefault(DTYPES[array.dtype].bits // DTYPES[array.dtype].lanes, []).append((key, array))
         kinds.add(array.kind)
     header: dict[str, Any] = {}
-    if kinds == {"torch"}:
+    if metadata is not None:
+        header["__metadata__"] = dict(metadata)
+    elif kinds == {"torch"}:
         header["__metadata__"] = {"format": "pt"}  # without it, Hugging Face's from_pretrained refuses the file
     position = 0
     ordered: list[HostArray] = []
@@ -135,6 +141,11 @@ def read_tensors(content: memoryview) -> dict[str, HostArray]:
         FormatError: anything that the format does not allow: a wrong header length, JSON that is not strict (a key
             twice, NaN, a fraction), an unknown dtype, a negative or overflowing shape, overlaps, holes, trailing bytes.
     """
+    return read_file(content)[0]
+
+
+def read_file(content: memoryview) -> tuple[dict[str, HostArray], dict[str, str]]:
+    """Return what ``read_tensors`` returns, and the header's metadata; raises what it raises."""
     header, start = _parse_header(content)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -152,7 +163,7 @@ def read_tensors(content: memoryview) -> dict[str, HostArray]:
         position = end
     if start + position != content.nbytes:
         raise FormatError(f"SafeTensors file is {content.nbytes} bytes, its header describes {start + position}")
-    return arrays
+    return arrays, metadata
 
 
 def _parse_header(content: memoryview) -> tuple[dict[str, Any], int]:

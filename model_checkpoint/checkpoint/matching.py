@@ -190,17 +190,32 @@ class Match:
             self._mismatch(path, f"{state!r:.50} is in a tuple, which cannot be changed; use a list")
 
     def _key(self, tree: dict[str, Any], target: object, path: str) -> None:
-        if type(target).__name__ != "PRNGKeyArray":
+        if not _is_key(target):
             self._mismatch(path, f"a key of JAX was saved, there is a {type(target).__name__}")
         elif list(target.shape) != tree["data"]["shape"][:-1]:  # type: ignore[attr-defined]
             shape = list(target.shape)  # type: ignore[attr-defined]
             self._mismatch(path, f"keys of shape {tree['data']['shape'][:-1]} were saved, there are {shape}")
         self.fresh += [Fresh(path, node) for node in references(tree)]
 
+    def _raw_key(self, tree: dict[str, Any], target: object, path: str) -> None:
+        """Make a key of data that was saved without its kind, as by another framework: this one's node becomes it."""
+        from jax import random  # its own key is here, so it is loaded
+
+        data: Any = random.key_data(target)  # type: ignore[arg-type]
+        node = {**tree, "kind": "jax"}
+        if (str(data.dtype), list(data.shape)) != (tree["dtype"], list(tree["shape"])):
+            saved = f"{tree['dtype']}{list(tree['shape'])}"
+            self._mismatch(path, f"{saved} was saved, there is a key of {data.dtype}{list(data.shape)}")
+        tree.clear()
+        tree.update({"$key": str(random.key_impl(target)), "data": node})  # type: ignore[arg-type]
+        self.fresh.append(Fresh(path, node))
+
     def _array(self, tree: dict[str, Any], target: object, path: str, fixed: bool) -> None:
         found = described(target)
         saved = f"{tree['dtype']}{list(tree['shape'])}"
-        if found is None:
+        if found is None and _is_key(target) and "$array" in tree:
+            self._raw_key(tree, target, path)
+        elif found is None:
             self._mismatch(path, f"{saved} was saved, there is a {type(target).__name__}")
         elif (found.dtype, list(found.shape)) != (tree["dtype"], list(tree["shape"])):
             self._mismatch(path, f"{saved} was saved, there is {found.dtype}{list(found.shape)}")
@@ -252,6 +267,10 @@ def _plain(state: object) -> bool:
         or type(state) in (dict, list, tuple)
         or (adapter_for(type(state)) is not None and described(state) is not None)
     )
+
+
+def _is_key(value: object) -> bool:
+    return type(value).__name__ == "PRNGKeyArray"
 
 
 def _items(tree: Any, state: Any) -> dict[Any, Any]:

@@ -260,8 +260,8 @@ def _sklearn_train(it: dict[str, Any]) -> None:
 def _xgboost_make(seed: int) -> dict[str, Any]:
     import xgboost
 
-    options: dict[str, Any] = {"n_estimators": 3, "max_depth": 2, "n_jobs": 1, "subsample": 0.5, "random_state": seed}
-    return {"model": xgboost.XGBRegressor(**options)}
+    options: dict[str, Any] = {"n_estimators": 3, "max_depth": 2, "n_jobs": 1, "random_state": seed, "subsample": 0.5}
+    return {"model": xgboost.XGBRegressor(**options, seed_per_iteration=True)}
 
 
 def _xgboost_train(it: dict[str, Any]) -> None:

@@ -11,31 +11,38 @@ from model_checkpoint.utils.optional import require
 
 
 class XgboostAdapter(ObjectAdapter):
-    """A state is ``{"class": ..., "ubj": bytes}``; ``load_model(bytearray(...))`` of XGBoost reads it."""
+    """A state has ``class`` and ``ubj``, which ``load_model(bytearray(...))`` of XGBoost reads, and what is not in it.
+
+    That is ``config`` of a booster, and ``params`` of an estimator, but for functions: those stay the target's own. Where
+    XGBoost is in its random numbers it does not tell; with its ``seed_per_iteration`` sampling goes on exactly.
+    """
 
     opaque = True
 
     def owns(self, value: object) -> bool:
         xgboost = require("xgboost", "xgboost", "saving a model of XGBoost")  # its own object is here, so it is loaded
-
         return isinstance(value, (xgboost.Booster, xgboost.XGBModel))
 
     def class_of(self, value: object) -> str | None:
         return type(value).__name__
 
     def state_of(self, value: Any) -> object:
-        xgboost = require("xgboost", "xgboost", "saving a model of XGBoost")
         name = self.class_of(value)
-        if isinstance(value, xgboost.Booster):
-            return {"class": name, "ubj": bytes(value.save_raw("ubj"))}
+        if not hasattr(value, "get_booster"):
+            return {"class": name, "ubj": bytes(value.save_raw("ubj")), "config": value.save_config()}
         if not value.__sklearn_is_fitted__():
             raise ValueError("it is not fitted, so XGBoost has nothing to store; fit it first")
+        params = {key: part for key, part in value.get_params().items() if not callable(part) and key != "callbacks"}
         with tempfile.TemporaryDirectory() as folder:  # an estimator's own attributes go to files only
             path = os.path.join(folder, "model.ubj")
             value.save_model(path)
             with open(path, "rb") as file:
-                return {"class": name, "ubj": file.read()}
+                return {"class": name, "ubj": file.read(), "params": params}
 
     def put_back(self, value: Any, state: Any) -> object:
         value.load_model(bytearray(state["ubj"]))
+        if "config" in state:
+            value.load_config(state["config"])
+        else:
+            value.set_params(**state["params"])
         return value

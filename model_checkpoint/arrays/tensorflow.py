@@ -16,7 +16,10 @@ from model_checkpoint.utils.optional import require
 
 
 class TensorflowAdapter:
-    """Adapter of ``tf.Tensor`` and ``tf.Variable`` (kind ``tensorflow``); both come back as tensors."""
+    """Adapter of ``tf.Tensor`` (kind ``tensorflow``) and ``tf.Variable`` (kind ``tensorflow.variable``).
+
+    Both come back as tensors, but for variables that are filled where they are.
+    """
 
     def to_host(self, value: object) -> HostArray | None:
         described = self.describe(value)
@@ -40,7 +43,8 @@ class TensorflowAdapter:
         known = DTYPES.get("float16" if name == "half" else name)
         if known is None or known.bits < 8:
             raise ValueError(f"TensorFlow's dtype {name} has no portable form; convert it with tf.cast() first")
-        return HostArray(known.name, tuple(value.shape), memoryview(b""), "tensorflow", id(value), immutable=True)
+        kind = "tensorflow.variable" if _is_variable(value) else "tensorflow"
+        return HostArray(known.name, tuple(value.shape), memoryview(b""), kind, id(value), immutable=True)
 
     def settle(self) -> None:
         """Nothing is copied in the background."""

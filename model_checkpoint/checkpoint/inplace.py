@@ -53,6 +53,7 @@ def put_into(
     """
     with reader.decoding():
         tree = reader.tree()
+        tree.pop("rng", None)  # random states are no objects' affair
     renamed = rename(tree, rules)
     with reader.decoding():
         decoder = Decoder(not_stored)

@@ -58,7 +58,10 @@ def check_rules(rename: object) -> Rules:
 
 
 def _searched(pattern: re.Pattern[str], new: str, name: str) -> str | None:
-    made, count = pattern.subn(new, name)
+    try:
+        made, count = pattern.subn(new, name)
+    except (re.error, IndexError) as error:
+        raise ConfigurationError(f"rename: {pattern.pattern!r} cannot become {new!r}: {error}") from error
     return made if count else None
 
 
@@ -131,13 +134,17 @@ def _leaves(tree: Any, keys: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 def _take(tree: Any, keys: tuple[Any, ...]) -> Any:
-    for key in keys[:-1]:
-        tree = dict(children(tree) or ())[key]
+    """Remove a leaf and return it, and what holds nothing else any more."""
+    key, *below = keys
     pairs = _pairs(tree)
-    if pairs is None:
-        return tree.pop(keys[-1])
-    at = next(i for i, pair in enumerate(pairs) if pair[0] == keys[-1])
-    return pairs.pop(at)[1]
+    child = dict(children(tree) or ())[key]
+    taken = _take(child, tuple(below)) if below else child
+    if not below or not children(child):
+        if pairs is None:
+            del tree[key]
+        else:
+            pairs[:] = [pair for pair in pairs if pair[0] != key]
+    return taken
 
 
 def _keys_of(name: str, old: tuple[Any, ...]) -> list[Any]:

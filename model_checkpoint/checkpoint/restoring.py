@@ -61,7 +61,8 @@ class CheckpointRestoring(CheckpointLoading):
                 does not fit stays as it is.
             rename: names in the checkpoint -> names in the objects, where they differ, such as ``{"model.encoder.*":
                 "model.backbone.*"}``; each ``*`` stands for any text. Keys may be compiled regular expressions, which
-                are replaced as by ``re.sub``. Names are those of ``keys`` in ``load_checkpoint``.
+                are replaced as by ``re.sub``. Names are those of ``keys`` in ``load_checkpoint``; they may lead from
+                one component to another, such as ``{"extra.average.*": "model.*"}``.
             restore_rng: whether to put back the random states of Python, NumPy, PyTorch and TensorFlow, as far as they
                 were saved and the library is imported.
             verify_integrity: False compares lengths only.

@@ -13,8 +13,8 @@ from model_checkpoint.utils.optional import require
 class XgboostAdapter(ObjectAdapter):
     """A state has ``class`` and ``ubj``, which ``load_model(bytearray(...))`` of XGBoost reads, and what is not in it.
 
-    That is ``config`` of a booster, and ``params`` of an estimator, but for functions: those stay the target's own. Where
-    XGBoost is in its random numbers it does not tell; with its ``seed_per_iteration`` sampling goes on exactly.
+    That is ``config`` of a booster, and ``params`` of an estimator, but for functions: those stay the target's own.
+    XGBoost does not tell its random state; with its ``seed_per_iteration`` sampling goes on exactly.
     """
 
     opaque = True

@@ -1,0 +1,419 @@
+"""Restoring into objects: what fits is put there, what does not is told before anything is touched."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import re
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from helpers_storage import Store, exact, needs_numpy, needs_torch, np, torch
+
+from model_checkpoint.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    IntegrityError,
+    StateMismatchError,
+    UnsupportedValueError,
+)
+
+NOTHING = {"missing": [], "unexpected": [], "mismatched": [], "renamed": {}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "s", max_checkpoints=None)
+    yield store
+    store.close()
+
+
+def floats(*values: float) -> array[float]:
+    return array("d", values)
+
+
+class Counter:
+    """An object with get_state and set_state, of a state that is no dict."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def get_state(self) -> Any:
+        return ("count", self.count, floats(self.count))
+
+    def set_state(self, state: Any) -> None:
+        assert state[0] == "count"
+        self.count = state[1]
+
+
+class Moments(NamedTuple):
+    count: Any
+    mean: Any
+
+
+# What comes back, and where
+
+
+def test_what_was_given_is_filled_where_it_is_and_returned_with_the_values_of_the_save(store: Store) -> None:
+    state = {"w": floats(1, 2), "steps": 3}
+    saved = store.save(state, step=7, epoch=2, loss=0.5, metrics={"accuracy": 0.9}, config={"lr": 0.1})
+    target = {"w": floats(0, 0), "steps": 0}
+    inner = target["w"]
+    restored = store.manager.restore(target)
+    assert restored["model"] is target
+    assert target["w"] is inner
+    assert exact(target) == exact(state)
+    assert (restored["step"], restored["epoch"], restored["loss"]) == (7, 2, 0.5)
+    assert (restored["metrics"], restored["config"]) == ({"accuracy": 0.9}, {"lr": 0.1})
+    assert restored["_checkpoint_metadata"]["checkpoint_id"] == saved
+    assert restored["report"] == NOTHING
+    assert (restored["optimizer"], restored["scheduler"], restored["extra_state"]) == (None, None, None)
+
+
+def test_the_best_so_far_is_that_of_the_checkpoint_and_not_what_came_later(store: Store) -> None:
+    state = {"w": floats(1)}
+    for loss in (0.5, 0.25, 0.75, 0.125):
+        store.save(state, loss=loss, metrics={"accuracy": 1 - loss})
+    ids = [found["checkpoint_id"] for found in store.manager.list_checkpoints()]
+    bests = [store.manager.restore(state, checkpoint_id=saved)["best"] for saved in ids]
+    assert [best["loss"] for best in bests] == [0.5, 0.25, 0.25, 0.125]
+    assert [best["accuracy"] for best in bests] == [0.5, 0.75, 0.75, 0.875]
+
+
+def test_objects_of_any_kind_are_found_wherever_they_lie(store: Store) -> None:
+    extra = {"loaders": [Counter(1), (Counter(2),)], "generator": random.Random(3), "name": "x", "none": None}
+    store.save({"w": floats(1)}, extra_state=extra)
+    expected = [random.Random(3).random() for _ in range(1)]
+    target = {"loaders": [Counter(0), (Counter(0),)], "generator": random.Random(9), "name": "", "none": 5}
+    kept = [target["loaders"][0], target["loaders"][1][0], target["generator"]]  # type: ignore[index]
+    store.manager.restore(extra_state=target)
+    assert [kept[0].count, kept[1].count] == [1, 2]
+    assert [kept[2].random()] == expected
+    assert (target["name"], target["none"]) == ("x", None)
+    assert target["loaders"][0] is kept[0]  # type: ignore[index]
+
+
+def test_named_tuples_come_back_as_themselves_with_a_template_and_as_tuples_without(store: Store) -> None:
+    saved = store.save([Moments(1, {"w": floats(1)}), Moments(2, {"w": floats(2)})])
+    assert store.load(saved)["model_state_dict"] == [(1, {"w": floats(1)}), (2, {"w": floats(2)})]
+    assert store.load(saved, keys="model.1.mean.*")["model_state_dict"] == [None, (None, {"w": floats(2)})]
+    target = [Moments(0, {"w": floats(0)}), Moments(0, {"w": floats(0)})]
+    memory = target[0].mean["w"]
+    store.manager.restore(target)
+    assert target == [Moments(1, {"w": floats(1)}), Moments(2, {"w": floats(2)})]
+    assert type(target[1]) is Moments
+    assert target[0].mean["w"] is memory
+    alone = Moments(0, {"w": floats(0)})
+    restored = store.manager.restore(alone, checkpoint_id=store.save(Moments(5, {"w": floats(5)})))
+    assert (restored["model"], type(restored["model"])) == (Moments(5, {"w": floats(5)}), Moments)
+
+
+@needs_numpy
+def test_numpys_generators_go_on_where_they_were(store: Store) -> None:
+    kinds: list[Any] = [np.random.PCG64, np.random.Philox, np.random.SFC64, np.random.MT19937, np.random.PCG64DXSM]
+    made = {kind.__name__: np.random.Generator(kind(1)) for kind in kinds}
+    extra = {**made, "legacy": np.random.RandomState(2), "bits": np.random.PCG64(3)}
+    for generator in made.values():
+        generator.integers(10, dtype=np.uint32)  # some keep half of a word for the next
+    extra["legacy"].normal()
+    store.save({}, extra_state=extra)
+
+    def draw(generators: Any) -> list[Any]:
+        drawn = [generators[name].integers(1 << 20, dtype=np.uint32) for name in made]
+        return [*drawn, generators["legacy"].normal(), generators["bits"].random_raw()]
+
+    expected = draw(extra)
+    fresh = {kind.__name__: np.random.Generator(kind(8)) for kind in kinds}
+    target = {**fresh, "legacy": np.random.RandomState(8), "bits": np.random.PCG64(8)}
+    store.manager.restore(extra_state=target)
+    assert draw(target) == expected
+    with pytest.raises(StateMismatchError, match=r"extra\.PCG64: a PCG64 was saved, there is a Philox"):
+        store.manager.restore(extra_state={**target, "PCG64": np.random.Generator(np.random.Philox(1))})
+
+
+# Random states
+
+
+def draws() -> list[float]:
+    drawn = [random.random(), random.gauss(0, 1)]
+    drawn += [] if np is None else [float(np.random.rand()), float(np.random.normal())]
+    return drawn + ([] if torch is None else torch.rand(3).tolist())
+
+
+def test_random_states_go_on_where_they_were(store: Store) -> None:
+    state = {"w": floats(1)}
+    draws()  # of normal numbers there are two at a time: one is kept
+    saved = store.save(state)
+    expected = draws()
+    assert draws() != expected
+    store.manager.restore(state)
+    assert draws() == expected
+    store.manager.restore(state, checkpoint_id=saved, restore_rng=False)
+    assert draws() != expected
+    store.manager.load_into(state)
+    assert draws() != expected
+
+
+def test_random_states_that_were_not_saved_stay_as_they_are(store: Store) -> None:
+    state = {"w": floats(1)}
+    store.save(state, save_rng=False)
+    random.seed(1)
+    expected = draws()[0]
+    random.seed(1)
+    store.manager.restore(state)
+    assert draws()[0] == expected
+
+
+def test_a_background_save_has_the_random_states_of_its_call(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s", async_save=True)
+    state = {"w": floats(1)}
+    store.save(state)
+    expected = draws()
+    store.manager.restore(state)
+    assert draws() == expected
+    store.close()
+
+
+@needs_numpy
+def test_another_global_generator_of_numpys_is_noticed_before_anything_is_changed(store: Store) -> None:
+    state = {"w": floats(1)}
+    store.save(state)
+    state["w"][0] = 9
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        with pytest.raises(ConfigurationError, match="NumPy's global generator is PCG64, and was MT19937"):
+            store.manager.restore(state)
+        assert state["w"][0] == 9
+        saved = store.save(state)
+        expected = np.random.rand()
+        store.manager.restore(state, checkpoint_id=saved)
+        assert np.random.rand() == expected
+    finally:
+        np.random.set_bit_generator(before)
+
+
+# What does not fit
+
+
+def test_all_that_does_not_fit_is_told_with_both_shapes_and_nothing_is_changed(store: Store) -> None:
+    store.save({"same": floats(1), "shape": floats(1, 2), "dtype": array("f", [1]), "gone": floats(1)})
+    target = {"same": floats(0), "shape": floats(0), "dtype": floats(0), "new": floats(0)}
+    before = copy.deepcopy(target)
+    with pytest.raises(StateMismatchError) as caught:
+        store.manager.restore(target)
+    error = caught.value
+    assert (error.missing, error.unexpected) == (["model.new"], ["model.gone"])
+    assert error.mismatched == ["model.shape", "model.dtype"]
+    assert "model.shape: float64[2] was saved, there is float64[1]" in str(error)
+    assert "model.dtype: float32[1] was saved, there is float64[1]" in str(error)
+    assert target == before
+
+
+@pytest.mark.parametrize("strict", ["warn", "skip"])
+def test_the_rest_is_restored_when_that_is_asked_for(
+    store: Store, strict: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.save({"same": floats(1), "shape": floats(1, 2), "gone": floats(1), "in": {"a": floats(1), "b": floats(2, 2)}})
+    target = {"same": floats(0), "shape": floats(0), "new": floats(0), "in": {"a": floats(0), "b": floats(0)}}
+    with caplog.at_level(logging.WARNING):
+        restored = store.manager.restore(target, strict=strict)
+    expected = {"same": floats(1), "shape": floats(0), "new": floats(0), "in": {"a": floats(1), "b": floats(0)}}
+    assert target == expected
+    assert restored["report"] == {
+        "missing": ["model.new"],
+        "unexpected": ["model.gone"],
+        "mismatched": [
+            "model.shape: float64[2] was saved, there is float64[1]",
+            "model.in.b: float64[2] was saved, there is float64[1]",
+        ],
+        "renamed": {},
+    }
+    assert ("model.shape: float64[2] was saved" in caplog.text) == (strict == "warn")
+
+
+@needs_torch
+def test_a_module_with_another_head_takes_the_rest_and_an_optimizer_is_whole_or_untouched(store: Store) -> None:
+    def training(seed: int, classes: int) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, classes))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(5, 3)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = training(1, 2)
+    store.save(model, optimizer)
+    target, moments = training(2, 7)
+    head, before = target[2].weight.clone(), exact(moments.state_dict())
+    report = store.manager.restore(target, moments, strict="skip")["report"]
+    assert [line.partition(":")[0] for line in report["mismatched"][:2]] == ["model.2.weight", "model.2.bias"]
+    assert exact(target[0].state_dict()) == exact(model[0].state_dict())
+    assert exact(target[1].state_dict()) == exact(model[1].state_dict())
+    assert torch.equal(target[2].weight, head)
+    assert exact(moments.state_dict()) == before
+    fresh = torch.optim.AdamW(target.parameters())
+    store.manager.restore(optimizer=fresh, strict="skip")
+    assert not fresh.state_dict()["state"] or exact(fresh.state_dict()["state"][0]) == exact(
+        optimizer.state_dict()["state"][0]
+    )
+
+
+def test_a_component_that_was_not_saved_is_missing(store: Store) -> None:
+    store.save({"w": floats(1)})
+    with pytest.raises(StateMismatchError, match="optimizer: nothing of it was saved") as caught:
+        store.manager.restore({"w": floats(0)}, {"m": floats(0)})
+    assert caught.value.missing == ["optimizer"]
+    target, moments = {"w": floats(0)}, {"m": floats(0)}
+    restored = store.manager.restore(target, moments, strict="skip")
+    assert (target["w"][0], moments["m"][0], restored["report"]["missing"]) == (1.0, 0.0, ["optimizer"])
+
+
+# Names
+
+
+NAMES = {"model.encoder.a": "x", "model.encoder.b": "y"}
+
+
+@pytest.mark.parametrize(
+    ("rename", "renamed"),
+    [
+        ({"model.old.a": "model.new.a", "model.old.b": "model.new.b"}, ["a", "b"]),
+        ({"model.old.*": "model.new.*"}, ["a", "b"]),
+        ({"*.old.*": "*.new.*"}, ["a", "b"]),
+        ({re.compile(r"\bold\b"): "new"}, ["a", "b"]),
+        ({re.compile(r"old\.(\w)"): r"new.\1"}, ["a", "b"]),
+        ({"model.old.a": "model.new.a", "model.old.*": "model.new.*"}, ["a", "b"]),
+    ],
+)
+@pytest.mark.parametrize("flat", [True, False])
+def test_keys_are_renamed_by_name_and_by_pattern(store: Store, rename: Any, renamed: list[str], flat: bool) -> None:
+    def state(part: str, *values: float) -> Any:
+        a, b, c = map(floats, values)
+        nested = {part: {"a": a, "b": b}, "kept": c}
+        return {f"{part}.a": a, f"{part}.b": b, "kept": c} if flat else nested
+
+    saved = store.save(state("old", 1, 2, 3))
+    target = state("new", 0, 0, 0)
+    restored = store.manager.restore(target, rename=rename)
+    assert exact(target) == exact(state("new", 1, 2, 3))
+    assert restored["report"] == {**NOTHING, "renamed": {f"model.old.{key}": f"model.new.{key}" for key in renamed}}
+    assert store.load(saved)["model_state_dict"].keys() == state("old", 1, 2, 3).keys()
+
+
+def test_a_part_of_one_component_can_go_into_another(store: Store) -> None:
+    store.save({"w": floats(1)}, extra_state={"average": {"w": floats(2)}, "n": 1})
+    target = {"w": floats(0)}
+    rename = {"model.*": "gone.*", "extra.average.*": "model.*"}
+    restored = store.manager.restore(target, rename=rename)
+    assert target == {"w": floats(2)}
+    assert restored["report"]["renamed"] == {"model.w": "gone.w", "extra.average.w": "model.w"}
+
+
+def test_names_can_be_exchanged(store: Store) -> None:
+    store.save({"a": floats(1), "b": floats(2)})
+    target = {"a": floats(0), "b": floats(0)}
+    store.manager.restore(target, rename={"model.a": "model.b", "model.b": "model.a"})
+    assert target == {"a": floats(2), "b": floats(1)}
+
+
+@pytest.mark.parametrize(
+    ("rename", "problem"),
+    [
+        ({"model.x": "model.w"}, "nothing in this checkpoint is called 'model.x'; it has model.w, model.v"),
+        ({"model.w": "model.v"}, "both model.v and model.w would be model.v"),
+        ({"model.*": "model.x"}, "must have as many"),
+        ({"model.w": 3}, "must be two names"),
+        ({3: "model.w"}, "must be two names"),
+        ({re.compile("(model)"): r"\2"}, "invalid group reference"),
+        ("model.w", "rename must be a mapping"),
+    ],
+)
+def test_renames_that_cannot_be_are_refused_and_nothing_is_changed(store: Store, rename: Any, problem: str) -> None:
+    store.save({"w": floats(1), "v": floats(2)})
+    target = {"w": floats(0), "v": floats(0)}
+    with pytest.raises(ConfigurationError, match=problem):
+        store.manager.restore(target, rename=rename)
+    assert target == {"w": floats(0), "v": floats(0)}
+
+
+@needs_torch
+def test_compiled_and_wrapped_modules_are_saved_and_restored_by_their_plain_names(store: Store) -> None:
+    def model(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+
+    plain = model(1)
+    forms = {
+        "plain": lambda made: made,
+        "compiled": torch.compile,
+        "wrapped": torch.nn.DataParallel,
+        "both": lambda made: torch.compile(torch.nn.DataParallel(made)),
+        "a part": lambda made: torch.nn.Sequential(torch.compile(made[0]), made[1]),
+    }
+    for name, form in forms.items():
+        saved = store.save(form(model(1)))
+        assert list(store.load(saved)["model_state_dict"]) == list(plain.state_dict()), name
+        for other, target_form in forms.items():
+            inner = model(2)
+            restored = store.manager.restore(target_form(inner), checkpoint_id=saved)
+            assert exact(inner.state_dict()) == exact(plain.state_dict()), (name, other)
+            assert restored["report"] == NOTHING
+    for form in (torch.compile, torch.nn.DataParallel):  # what others saved with the prefixes in the names
+        saved = store.save(form(model(1)).state_dict())
+        inner = model(2)
+        renamed = store.manager.restore(inner, checkpoint_id=saved)["report"]["renamed"]
+        assert exact(inner.state_dict()) == exact(plain.state_dict())
+        assert set(renamed.values()) == {f"model.{name}" for name in plain.state_dict()}
+
+
+# What cannot be asked for, and what goes wrong
+
+
+def test_what_cannot_be_asked_for_is_refused(store: Store) -> None:
+    with pytest.raises(CheckpointNotFoundError):
+        store.manager.restore({"w": floats(0)})
+    store.save({"w": floats(1)})
+    for arguments, problem in [
+        ({}, "nothing to load into"),
+        ({"model": {"w": floats(0)}, "strict": "no"}, "strict must be"),
+        ({"model": {"w": floats(0)}, "restore_rng": 1}, "restore_rng"),
+        ({"model": {"w": floats(0)}, "on_corruption": "ignore"}, "on_corruption"),
+    ]:
+        with pytest.raises(ConfigurationError, match=problem):
+            store.manager.restore(**arguments)  # type: ignore[arg-type]
+
+
+def test_damage_changes_nothing_and_the_sound_one_before_it_can_take_its_place(store: Store) -> None:
+    sound = store.save({"w": floats(1)}, step=1)
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    damaged = store.save({"w": floats(2)}, step=2)
+    file = store.path(damaged) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    target = {"w": floats(0)}
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        store.manager.restore(target)
+    assert target == {"w": floats(0)}
+    assert random.random() == expected
+    restored = store.manager.restore(target, on_corruption="fallback")
+    assert (target, restored["step"]) == ({"w": floats(1)}, 1)
+    assert restored["_checkpoint_metadata"]["fallback_from"] == [damaged]
+    assert restored["_checkpoint_metadata"]["checkpoint_id"] == sound
+
+
+def test_an_object_whose_state_cannot_be_stored_is_named(store: Store) -> None:
+    class Itself:
+        def get_state(self) -> Any:
+            return self
+
+        def set_state(self, state: Any) -> None:
+            """Takes anything."""
+
+    with pytest.raises(UnsupportedValueError, match=r"extra\.it: cannot store a .*Itself; its get_state\(\) returns"):
+        store.save({}, extra_state={"it": Itself()})

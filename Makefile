@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 MEMORY := $(shell [ "$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}')" -gt 4000000 ] && echo TMPDIR=/dev/shm)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint fmt bench-save bench-load bench-async bench-track bench-hooks bench-scale clean
+.PHONY: help demo test test-frameworks torture lint fmt bench-save bench-load bench-async bench-track bench-hooks bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,7 +17,10 @@ demo: $(VENV)/.demo ## train, kill, resume and compare on real images (examples/
 
 test: lint ## lint, then the fast tests, then the slow ones
 	$(MEMORY) $(BIN)/python -m pytest -n auto -m "not slow"
-	$(BIN)/python -m pytest -n auto -m slow
+	$(BIN)/python -m pytest -n auto -m slow -rs
+
+test-frameworks: $(VENV)/.frameworks ## every cell of the matrix of frameworks, and their integrations (installs them all: 4 GB)
+	$(MEMORY) MODEL_CHECKPOINT_REQUIRE_FRAMEWORKS=1 $(BIN)/python -m pytest -n auto tests/frameworks
 
 torture: $(VENV)/.dev ## the fault tests in their long form: kills, power loss, failing disks, bit rot, races (an hour on two cores)
 	$(BIN)/python -m pytest -n auto --torture -rs tests/faults tests/test_crash.py
@@ -60,6 +63,10 @@ $(BIN)/pip:
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.frameworks: pyproject.toml constraints.txt | $(VENV)/.dev
+	$(INSTALL) -e '.[frameworks]'
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev

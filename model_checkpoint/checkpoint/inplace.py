@@ -9,7 +9,7 @@ from typing import Any
 
 from model_checkpoint.arrays import HostArray, adapter_for, fill, touched
 from model_checkpoint.checkpoint.decoding import Decoder
-from model_checkpoint.checkpoint.matching import Filled, Match
+from model_checkpoint.checkpoint.matching import Filled, Fresh, Match
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
 from model_checkpoint.checkpoint.renaming import Rules, rename
 from model_checkpoint.checkpoint.selection import children, key_text
@@ -71,7 +71,12 @@ def put_into(
     match.drop(kept)
     with reader.decoding():
         reader.verify_all()
-        _fill(reader, match, decoder, threads)
+        _fill(reader, [], match.opaque(), decoder, threads)
+    refused = _refused(match, decoder)
+    if refused:
+        raise StateMismatchError([*match.problems, *refused])
+    with reader.decoding():
+        _fill(reader, match.filled, match.fresh, decoder, threads)
         made = {name: decoder.node(node) for name, node in tree.items()}
     putting = _Putting(match, lenient)
     return (
@@ -81,14 +86,26 @@ def put_into(
     )
 
 
-def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int) -> None:
+def _refused(match: Match, decoder: Decoder) -> list[Problem]:
+    """Return what opaque objects say to the states that are for them."""
+    refused = []
+    for found in match.objects.values():
+        if found.adapter.opaque:
+            reason = found.adapter.refusal(found.target, decoder.node(found.state))
+            refused += [] if reason is None else [Problem("mismatched", found.path, f"{found.path}: {reason}")]
+    return refused
+
+
+def _fill(
+    reader: CheckpointReader, to_fill: list[Filled], to_make: list[Fresh], decoder: Decoder, threads: int
+) -> None:
     wanted: dict[Key, list[Filled]] = {}
     nodes: dict[Key, dict[str, Any]] = {}
     devices: dict[Key, object] = {}
-    for fresh in match.fresh:
+    for fresh in to_make:
         key = (fresh.node["of"], fresh.node["$array"])
         nodes[key], devices[key] = fresh.node, fresh.device
-    for filled in match.filled:
+    for filled in to_fill:
         node = filled.node if "$array" in filled.node else filled.node["base"]
         nodes[node["of"], node["$array"]] = node
         if "$array" in filled.node:
@@ -110,7 +127,7 @@ def _fill(reader: CheckpointReader, match: Match, decoder: Decoder, threads: int
             run(parallel, threads)
             for put in alone:
                 put()
-    for filled in match.filled:
+    for filled in to_fill:
         if "$view" in filled.node:  # arrays that overlapped were stored as one
             view = decoder.node(filled.node)
             adapter = adapter_for(type(view))

@@ -51,7 +51,7 @@ class Found(NamedTuple):
     Attributes:
         target: the object.
         adapter: of its library.
-        state: what its adapter says its state is; None of an opaque one.
+        state: what its adapter says its state is; of an opaque one, the saved one's tree.
         path: what messages call it.
     """
 
@@ -84,7 +84,8 @@ class Match:
         self.objects: dict[int, Found] = {}
         self.problems: list[Problem] = []
         self.renamed: dict[str, str] = {}
-        self._bare = False
+        self._bare = False  # whether what is compared lies in dicts and lists of the user's own
+        self._complete = True  # or in an object whose keys are always the same
         self._memory: list[Place] = []
 
     def compare_part(self, tree: Any, target: object, name: str) -> None:
@@ -133,7 +134,7 @@ class Match:
             self._mismatch(path, f"{type(target).__name__} has state_dict() and no {setter}()")
             return
         if adapter.opaque:
-            self.objects[id(target)] = Found(target, adapter, None, path)
+            self.objects[id(target)] = Found(target, adapter, tree, path)
             self._opaque(tree, adapter.class_of(target), path)
             return
         try:
@@ -143,10 +144,11 @@ class Match:
             return
         self.objects[id(target)] = Found(target, adapter, state, path)
         self._rename(tree, state, adapter, path)
-        bare, self._bare = self._bare, False
+        before = self._bare, self._complete
         # Optimizers and schedulers have keys that come and go; load_state_dict() knows them.
-        self._compare(tree, state, path, fixed=False, strict=adapter.complete(target) or path == "model")
-        self._bare = bare
+        self._bare, self._complete = False, adapter.complete(target) or path == "model"
+        self._compare(tree, state, path, fixed=False, strict=self._complete)
+        self._bare, self._complete = before
 
     def _rename(self, tree: Any, state: Any, adapter: ObjectAdapter, path: str) -> None:
         """Give the keys of an object's tree the names that its state has, where they were saved within a wrapper."""
@@ -175,11 +177,13 @@ class Match:
             key = self._decode(node)
             if key in there:
                 self._compare(child, there.pop(key), f"{path}.{key}", fixed, below)
+            elif isinstance(state, list) and not strict and ".param_groups" not in path:
+                self.fresh += [Fresh(path, reference) for reference in references(child)]  # lists of any length
             elif has_arrays(child) or fixed or (strict and not self._bare):
                 name = f"{path}.{key}"
                 self.problems.append(Problem("unexpected", name, f"{name}: was saved, there is no place for it"))
         for key, left in there.items():
-            found = [f"{path}.{key}"] if strict else _arrays_in(left, f"{path}.{key}")
+            found = [f"{path}.{key}"] if strict else _arrays_in(left, f"{path}.{key}") if self._complete else ()
             self.problems += [Problem("missing", name, f"{name}: is there, was not saved") for name in found]
 
     def _value(self, tree: Any, state: Any, path: str, fixed: bool, strict: bool) -> None:
@@ -222,7 +226,8 @@ class Match:
         elif found.kind in _VALUES or (found.kind.startswith("memoryview") and found.data.readonly):
             for node in (tree, *references(tree)):
                 node["kind"] = found.kind  # of the library of the target, not of the one that wrote it
-            self.fresh += [Fresh(path, node) for node in references(tree)]
+            device = target.sharding if getattr(target, "committed", False) else None  # type: ignore[attr-defined]
+            self.fresh += [Fresh(path, node, device) for node in references(tree)]
             if fixed and self._in_place:
                 self._mismatch(path, "cannot be changed, and is in a tuple, which cannot either; use a list")
         elif not getattr(getattr(target, "flags", None), "writeable", True):
@@ -250,10 +255,22 @@ class Match:
         return kept
 
     def drop(self, paths: set[str]) -> None:
-        """Forget the arrays at and below some paths."""
+        """Forget the arrays and opaque objects at and below some paths."""
         below = tuple(f"{path}." for path in paths)
-        self.filled = [it for it in self.filled if it.path not in paths and not it.path.startswith(below)]
-        self.fresh = [it for it in self.fresh if it.path not in paths and not it.path.startswith(below)]
+
+        def stays(path: str) -> bool:
+            return path not in paths and not path.startswith(below)
+
+        self.filled = [filled for filled in self.filled if stays(filled.path)]
+        self.fresh = [fresh for fresh in self.fresh if stays(fresh.path)]
+        self.objects = {
+            key: found for key, found in self.objects.items() if not found.adapter.opaque or stays(found.path)
+        }
+
+    def opaque(self) -> list[Fresh]:
+        """Return the arrays of opaque objects."""
+        paths = {found.path for found in self.objects.values() if found.adapter.opaque}
+        return [fresh for fresh in self.fresh if fresh.path in paths]
 
     def find_shared(self) -> None:
         """Refuse targets that share memory otherwise than what goes there did when it was saved."""

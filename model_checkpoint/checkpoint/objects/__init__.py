@@ -35,6 +35,10 @@ class ObjectAdapter(ABC):
         """Return what a key is called without what wrappers of the object add to it."""
         return key
 
+    def refusal(self, value: object, state: object) -> str | None:
+        """Return why ``value`` cannot take an opaque state; None where it can. Nothing is changed."""
+        return None
+
     @abstractmethod
     def state_of(self, value: object) -> object:
         """Return the state: nested dicts, lists and tuples of arrays, other objects and plain values; not copied.

@@ -131,17 +131,13 @@ class Training:
             loss=loss,
             val_loss=val_loss,
             metrics={"val_accuracy": accuracy},
-            extra_state={"torch": torch.get_rng_state(), "shuffler": self.shuffler.get_state()},
+            extra_state={"shuffler": self.shuffler},
         )
 
     def resume(self) -> None:
         """Go back to the latest checkpoint; every byte of it is verified before it is used."""
-        checkpoint = self.manager.load_checkpoint()
-        self.model.load_state_dict(checkpoint["model_state_dict"])
-        self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
-        torch.set_rng_state(checkpoint["extra_state"]["torch"])
-        self.shuffler.set_state(checkpoint["extra_state"]["shuffler"])
+        extra = {"shuffler": self.shuffler}
+        checkpoint = self.manager.restore(self.model, self.optimizer, self.scheduler, extra)
         self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
 
     def outcome(self) -> dict[str, Any]:

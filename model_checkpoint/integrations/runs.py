@@ -36,10 +36,9 @@ def resume_or_start(
     """
     database = EnhancedDatabaseConnection(database_url)
     try:
-        wanted = f"name == {experiment_name!r} and status != 'completed'"
-        wanted += "" if project_name is None else f" and project == {project_name!r}"
-        ended_early = Queries(database).search_experiments(wanted, limit=_LOOKED_AT)
-        found = [(run.id, newest_checkpoint(database, run.id)) for run in ended_early if run.project == project_name]
+        wanted = f"{named(experiment_name, project_name)} and status != 'completed'"
+        ended_early = Queries(database).search_experiments(wanted)
+        found = [(run.id, newest_checkpoint(database, run.id)) for run in ended_early]
     finally:
         database.close()
     for experiment_id, checkpoint_id in found:
@@ -48,7 +47,10 @@ def resume_or_start(
     return ExperimentTracker(experiment_name, project_name, tags, config, database_url, metadata=metadata)
 
 
-_LOOKED_AT = 100  # of the newest runs of one name
+def named(experiment_name: str, project_name: str | None) -> str:
+    """Return a filter for the experiments of a name in a project, or in none."""
+    project = "is None" if project_name is None else f"== {project_name!r}"
+    return f"name == {experiment_name!r} and project {project}"
 
 
 def newest_checkpoint(database: EnhancedDatabaseConnection, experiment_id: str) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,13 @@ import torch
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.integrations.transformers import resume_or_start, train
+from tests.frameworks.processes import in_process
 from tests.frameworks.transformers_training import make_trainer, run
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.frameworks.transformers_training"])
 
-
-def in_process(folder: Path, killed: bool = False, **options: Any) -> Any:
+def outcome_of(folder: Path, killed: bool = False, **options: Any) -> Any:
     """Run the training script in a process of its own and return its outcome; None where it was killed."""
-    process = _PROCESSES.Process(target=run, args=(folder,), kwargs=options)
-    process.start()
-    process.join(120)
-    assert process.exitcode == (-signal.SIGKILL if killed else 0)
+    in_process(run, folder, killed=killed, **options)
     return None if killed else torch.load(folder / "outcome.pt", weights_only=True)
 
 
@@ -59,7 +52,7 @@ def trained(outcome: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return in_process(tmp_path_factory.mktemp("unbroken"))
+    return outcome_of(tmp_path_factory.mktemp("unbroken"))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +68,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_killed_mid_epoch_and_run_again_it_ends_with_the_same_bits(
     unbroken: Any, tmp_path: Path, kill: dict[str, int], manager_options: dict[str, Any]
 ) -> None:
-    in_process(tmp_path, killed=True, manager_options=manager_options, **kill)
-    resumed = in_process(tmp_path, manager_options=manager_options)
+    outcome_of(tmp_path, killed=True, manager_options=manager_options, **kill)
+    resumed = outcome_of(tmp_path, manager_options=manager_options)
 
     assert_same(trained(unbroken), trained(resumed))
     assert len(set(resumed["metrics"])) == len(resumed["metrics"])  # no point is there twice
@@ -94,14 +87,14 @@ def test_everything_that_is_logged_and_all_arguments_are_tracked(unbroken: Any) 
 def test_a_corrupt_latest_checkpoint_in_a_folder_that_was_moved_is_passed_over(unbroken: Any, tmp_path: Path) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
-    in_process(before, killed=True, kill_at=11)
+    outcome_of(before, killed=True, kill_at=11)
     before.rename(after)
     newest = max((after / "checkpoints").glob("*/*/model.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
 
-    assert_same(trained(unbroken), trained(in_process(after)))
+    assert_same(trained(unbroken), trained(outcome_of(after)))
 
 
 def test_the_best_outlives_rotation_and_a_kill_and_is_what_the_trainer_ends_with(tmp_path: Path) -> None:
@@ -120,9 +113,9 @@ def test_the_best_outlives_rotation_and_a_kill_and_is_what_the_trainer_ends_with
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    unbroken = in_process(whole, **diverging)
-    in_process(broken, killed=True, kill_at=unbroken["step"] - 1, **diverging)
-    resumed = in_process(broken, **diverging)
+    unbroken = outcome_of(whole, **diverging)
+    outcome_of(broken, killed=True, kill_at=unbroken["step"] - 1, **diverging)
+    resumed = outcome_of(broken, **diverging)
 
     assert_same(trained(unbroken), trained(resumed))
     assert unbroken["step"] < 30

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManager
-from model_checkpoint.checkpoint.rng import Setter, setters
+from model_checkpoint.checkpoint.rng import setters
 from model_checkpoint.checkpoint.state import random_states
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.integrations.runs import go_back, resume_or_start
@@ -37,8 +37,9 @@ def train(trainer: Any, tracker: ExperimentTracker, manager: EnhancedCheckpointM
     best, is what the manager says: ``save_total_limit`` has no effect, and the Trainer writes no folders of its own.
     A checkpoint holds model, optimizer, scheduler, scaler, the Trainer's state and position in the data, states of
     callbacks that can be exported, and random states. Training that was killed and is started again by the same script
-    gives the same bits as unbroken training, provided that its data do: what is drawn at random while a batch is made
-    is drawn anew. What ``trainer.train()`` returns of speed and loss is of this call only.
+    gives the same bits as unbroken training, also where batches are made with random numbers of Python, NumPy or
+    PyTorch, such as masks, but not where workers of a data loader or an ``IterableDataset`` draw them. What
+    ``trainer.train()`` returns of speed and loss is of this call only.
 
     Args:
         trainer: a ``transformers.Trainer`` or a subclass, in one process. Metrics of evaluations keep their names,
@@ -68,7 +69,7 @@ class _Run(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Any, tracker: ExperimentTracker, manager: EnhancedCheckpointManager) -> None:
         self._trainer, self._tracker, self._manager = trainer, tracker, manager
         self._checkpoint_id: str | None = None  # that training goes on from
-        self._random: list[Setter] = []
+        self._random = _RandomStates()
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # step, metrics
         _check(trainer, manager)
 
@@ -105,7 +106,7 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         own = {
             "_save_checkpoint": self._save,
             "_load_from_checkpoint": lambda *_, **__: None,  # on_train_begin does, with all the rest
-            "_load_rng_state": self._put_random_back,
+            "_load_rng_state": lambda *_: self._random.put_back(),
         }
         vars(self._trainer).update(own)
         self._trainer.add_callback(self)
@@ -130,6 +131,7 @@ class _Run(TrainerCallback):  # type: ignore[misc]
             "state": dataclasses.asdict(state),
             "last_logged": trainer._globalstep_last_logged,
             "ended": self._length() if trainer.control.should_training_stop else None,
+            "random": self._random.noted,
         }
         step, metrics = self._evaluated
         metrics = metrics if step == state.global_step else {}
@@ -151,12 +153,7 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         scaler = self._trainer.accelerator.scaler
         return {"unlogged_loss": self._trainer._tr_loss} | ({} if scaler is None else {"scaler": scaler})
 
-    def _put_random_back(self, checkpoint: str | None) -> None:
-        """Stand in for ``Trainer._load_rng_state``, which is called when batches are skipped."""
-        for put_back in self._random:
-            put_back()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         """Note what is trained, and restore."""
         described = {"training": json.loads(args.to_json_string())}
         config: Any = getattr(self._trainer.model, "config", None)
@@ -165,13 +162,18 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         self._tracker.log_hyperparameters(described)
         if self._checkpoint_id is not None:
             self._restore(state)
+        sampler = train_dataloader.get_sampler() if hasattr(train_dataloader, "set_sampler") else None
+        if sampler is not None and getattr(train_dataloader, "batch_sampler", None) is not None:
+            batch_size = train_dataloader.batch_sampler.batch_size
+            train_dataloader.set_sampler(_WatchedSampler(sampler, batch_size, self._random))
 
     def _restore(self, state: Any) -> None:
         trainer = self._trainer
         extra = {"trainer": "", **self._besides()}
         self._manager.restore(trainer.model, trainer.optimizer, trainer.lr_scheduler, extra, self._checkpoint_id)
-        self._random = setters(random_states())
-        trainer._globalstep_last_logged = json.loads(extra["trainer"])["last_logged"]
+        told = json.loads(extra["trainer"])
+        self._random.expect(told["random"])
+        trainer._globalstep_last_logged = told["last_logged"]
         trainer._total_loss_scalar = -trainer._tr_loss.item()  # so that the mean at the end is of this call's steps
         waiting = {name: _as_list(saved) for name, saved in state.stateful_callbacks.items()}
         for callback in filter(_exportable, trainer.callback_handler.callbacks):
@@ -212,6 +214,74 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         self._trainer.state = _callbacks.TrainerState(**state)
         self._load_best()
         return _utils.TrainOutput(state["global_step"], float("nan"), {})
+
+
+class _RandomStates:
+    """The random states that resumed training has to have when it shuffles, makes batches, and goes on.
+
+    The newest batch is made before the step that a checkpoint follows is trained, as one is always made ahead. So it
+    is made again with the state from before it, and then comes the state of the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.noted: dict[str, Any] = {"epoch": None, "batch": _NO_BATCH, "before_batch": None}
+        self._then: dict[str, Any] | None = None  # as ``noted`` when it was saved; None: nothing is to be put back
+        self._now: Any = None
+
+    def expect(self, noted: dict[str, Any]) -> None:
+        """Take the process's states as those of the checkpoint, and put back those from before when they are due."""
+        self._then, self._now = noted, random_states()
+
+    def put_back(self) -> None:
+        """Put back the states of the checkpoint, unless that was done."""
+        if self._then is not None:
+            _put(self._now)
+        self._then = None
+
+    def begin_epoch(self) -> None:
+        """Be called before it is shuffled."""
+        if self._then is not None:
+            _put(self._then["epoch"])
+        self.noted["epoch"] = random_states()
+
+    def begin_batch(self, number: int) -> None:
+        """Be called before the batch ``number`` of the epoch, from 0, is made or passed over."""
+        if self._then is not None:
+            if number < self._then["batch"]:
+                return
+            if number == self._then["batch"]:
+                _put(self._then["before_batch"])
+            else:
+                self.put_back()
+        self.noted.update(batch=number, before_batch=random_states())
+
+
+_NO_BATCH = -2  # none follows it
+
+
+def _put(states: Any) -> None:
+    for put_back in setters(states):
+        put_back()
+
+
+class _WatchedSampler:
+    """A sampler that says when an epoch and a batch begin; for all else it is the sampler that it is made of."""
+
+    def __init__(self, sampler: Any, batch_size: int, watcher: _RandomStates) -> None:
+        self._sampler, self._batch_size, self._watcher = sampler, batch_size, watcher
+
+    def __iter__(self) -> Iterator[int]:
+        self._watcher.begin_epoch()
+        for i, index in enumerate(self._sampler):
+            if i % self._batch_size == 0:
+                self._watcher.begin_batch(i // self._batch_size)
+            yield index
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
 
 
 def _check(trainer: Any, manager: EnhancedCheckpointManager) -> None:

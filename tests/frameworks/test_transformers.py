@@ -18,7 +18,7 @@ from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.integrations.transformers import resume_or_start, train
 from tests.frameworks.processes import in_process
-from tests.frameworks.transformers_training import make_trainer, run
+from tests.frameworks.transformers_training import make_trainer, mask_at_random, run
 
 
 def outcome_of(folder: Path, killed: bool = False, **options: Any) -> Any:
@@ -74,6 +74,29 @@ def test_killed_mid_epoch_and_run_again_it_ends_with_the_same_bits(
     assert_same(trained(unbroken), trained(resumed))
     assert len(set(resumed["metrics"])) == len(resumed["metrics"])  # no point is there twice
     assert not list((tmp_path / "hf").glob("checkpoint-*"))  # the Trainer writes none of its own
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "options"),
+    [
+        (17, {}),  # resumes before the last batch of an epoch
+        (11, {"accelerator_config": {"use_seedable_sampler": False}}),
+        (5, {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 3, "save_steps": 2}),
+    ],
+    ids=["shuffled by a seed", "shuffled by the random state", "grouped by length"],
+)
+def test_batches_that_are_made_at_random_are_the_same_again(
+    tmp_path: Path, kill_at: int, options: dict[str, Any]
+) -> None:
+    """The next batch is made before a step, with other random numbers than the checkpoint after that step has."""
+    options = {"collator": mask_at_random, **options}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    unbroken = outcome_of(whole, **options)
+    outcome_of(broken, killed=True, kill_at=kill_at, **options)
+
+    assert_same(trained(unbroken), trained(outcome_of(broken, **options)))
 
 
 def test_everything_that_is_logged_and_all_arguments_are_tracked(unbroken: Any) -> None:

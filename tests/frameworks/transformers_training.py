@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,15 @@ class KillAt(TrainerCallback):
 
 
 def data(seed: int, count: int) -> list[dict[str, torch.Tensor]]:
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 50, (count, 6), generator=random)
+    ids = torch.randint(0, 50, (count, 6), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": row, "labels": (row.sum() % 2).long()} for row in ids]
+
+
+def mask_at_random(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Make a batch with random numbers of PyTorch and of Python."""
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    batch["input_ids"][torch.rand(batch["input_ids"].shape) < 0.2] = random.randrange(50)
+    return batch
 
 
 def make_trainer(folder: Path, callbacks: Any = None, **arguments: Any) -> Trainer:
@@ -83,11 +90,13 @@ def run(
     kill_in_save: int | None = None,
     patience: int = 100,
     manager_options: dict[str, Any] | None = None,
+    collator: Any = None,
     **arguments: Any,
 ) -> None:
     """Train, and leave in ``folder`` what came out, unless it is killed at a step or in its n-th save."""
     stopping = EarlyStoppingCallback(early_stopping_patience=patience)
     trainer = make_trainer(folder, [KillAt(kill_at), stopping], **arguments)
+    trainer.data_collator = collator or trainer.data_collator
     tracker = resume_or_start("bert", database_url=f"sqlite:///{folder}/experiments.db")
     manager = EnhancedCheckpointManager(tracker, folder / "checkpoints", **(manager_options or {}))
     if kill_in_save is not None:

@@ -54,8 +54,9 @@ def train(trainer: Any, tracker: ExperimentTracker, manager: EnhancedCheckpointM
         is trained: its loss is NaN then.
 
     Raises:
-        ConfigurationError: the Trainer runs in several processes, the metric that it takes the best model by is best
-            the other way round for the manager, or the newest checkpoint is not of such training.
+        ConfigurationError: transformers is older than 5.3, the Trainer runs in several processes, the metric that it
+            takes the best model by is best the other way round for the manager, or the newest checkpoint is not of
+            such training.
         IntegrityError: there are checkpoints, and none of them is sound.
         StateMismatchError: model, optimizer or scheduler are not like those that were saved.
         Whatever ``trainer.train``, saves and loads raise.
@@ -109,10 +110,13 @@ class _Run(TrainerCallback):  # type: ignore[misc]
             "_load_rng_state": lambda *_: self._random.put_back(),
         }
         vars(self._trainer).update(own)
+        args, eval_on_start = self._trainer.args, self._trainer.args.eval_on_start
+        args.eval_on_start = eval_on_start and self._checkpoint_id is None  # else its start is behind it
         self._trainer.add_callback(self)
         try:
             yield
         finally:
+            args.eval_on_start = eval_on_start
             self._trainer.remove_callback(self)
             for name in own:
                 del vars(self._trainer)[name]
@@ -285,6 +289,8 @@ class _WatchedSampler:
 
 
 def _check(trainer: Any, manager: EnhancedCheckpointManager) -> None:
+    if not hasattr(trainer, "_run_epoch"):
+        raise ConfigurationError("train() needs transformers 5.3 or newer; update it with: pip install -U transformers")
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ConfigurationError(
             f"the Trainer runs in {trainer.args.world_size} processes, or with DeepSpeed or FSDP; train() knows how to "

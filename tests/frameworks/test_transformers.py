@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5.3")
 pytest.importorskip("accelerate")
 
 import torch
@@ -43,7 +43,7 @@ def assert_same(one: Any, other: Any, path: str = "outcome") -> None:
         assert one == other, path
 
 
-TRAINED = ("model", "optimizer", "scheduler", "step", "log", "metrics", "best", "stopping")
+TRAINED = ("model", "optimizer", "scheduler", "scale", "step", "log", "metrics", "best", "stopping")
 
 
 def trained(outcome: Any) -> dict[str, Any]:
@@ -79,11 +79,11 @@ def test_killed_mid_epoch_and_run_again_it_ends_with_the_same_bits(
 @pytest.mark.parametrize(
     ("kill_at", "options"),
     [
-        (17, {}),  # resumes before the last batch of an epoch
+        (17, {"scaled": True}),  # resumes before the last batch of an epoch
         (11, {"accelerator_config": {"use_seedable_sampler": False}}),
         (5, {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 3, "save_steps": 2}),
     ],
-    ids=["shuffled by a seed", "shuffled by the random state", "grouped by length"],
+    ids=["shuffled by a seed, loss scaled", "shuffled by the random state", "grouped by length"],
 )
 def test_batches_that_are_made_at_random_are_the_same_again(
     tmp_path: Path, kill_at: int, options: dict[str, Any]
@@ -121,7 +121,7 @@ def test_a_corrupt_latest_checkpoint_in_a_folder_that_was_moved_is_passed_over(u
 
 
 def test_the_best_outlives_rotation_and_a_kill_and_is_what_the_trainer_ends_with(tmp_path: Path) -> None:
-    """The loss rises: the first checkpoint is the best, and training stops early, at the same step."""
+    """At such a rate it gets no better: training stops early, at the same step, long after its best checkpoint."""
     diverging = {
         "learning_rate": 0.3,
         "warmup_steps": 0,
@@ -129,6 +129,7 @@ def test_the_best_outlives_rotation_and_a_kill_and_is_what_the_trainer_ends_with
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "gradient_accumulation_steps": 3,
+        "eval_on_start": True,
         "load_best_model_at_end": True,
         "patience": 4,
         "manager_options": {"max_checkpoints": 2},
@@ -147,7 +148,7 @@ def test_the_best_outlives_rotation_and_a_kill_and_is_what_the_trainer_ends_with
     kept = dict(resumed["checkpoints"])
     assert "val_loss" in kept[best]
     assert last in kept
-    assert len(kept) == 3  # of 7 saves; the third has the best training loss
+    assert len(kept) <= 3  # of 7 saves: the last, the best, and the one of the best training loss
     with EnhancedCheckpointManager(
         None, broken / "checkpoints", database_url=f"sqlite:///{broken}/experiments.db"
     ) as m:

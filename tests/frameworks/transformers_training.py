@@ -91,12 +91,15 @@ def run(
     patience: int = 100,
     manager_options: dict[str, Any] | None = None,
     collator: Any = None,
+    scaled: bool = False,
     **arguments: Any,
 ) -> None:
     """Train, and leave in ``folder`` what came out, unless it is killed at a step or in its n-th save."""
     stopping = EarlyStoppingCallback(early_stopping_patience=patience)
     trainer = make_trainer(folder, [KillAt(kill_at), stopping], **arguments)
     trainer.data_collator = collator or trainer.data_collator
+    if scaled:
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", growth_interval=4)
     tracker = resume_or_start("bert", database_url=f"sqlite:///{folder}/experiments.db")
     manager = EnhancedCheckpointManager(tracker, folder / "checkpoints", **(manager_options or {}))
     if kill_in_save is not None:
@@ -108,6 +111,7 @@ def run(
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
+        "scale": scaled and trainer.accelerator.scaler.state_dict(),
         "step": trainer.state.global_step,
         "metrics": [
             (point["metric_name"], point["step"], point["metric_value"])

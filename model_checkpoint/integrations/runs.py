@@ -18,7 +18,7 @@ def resume_or_start(
     metadata: Mapping[str, Any] | None = None,
     database_url: str = "sqlite:///experiments.db",
 ) -> ExperimentTracker:
-    """Go on with the newest run of this name that has a checkpoint and did not complete, or start a new one.
+    """Go on with the newest run of this name that has a checkpoint, unless it has completed, or start a new one.
 
     So a script that is killed goes on when it is started again. Give runs that go on at the same time different names.
 
@@ -36,14 +36,13 @@ def resume_or_start(
     """
     database = EnhancedDatabaseConnection(database_url)
     try:
-        wanted = f"{named(experiment_name, project_name)} and status != 'completed'"
-        ended_early = Queries(database).search_experiments(wanted)
-        found = [(run.id, newest_checkpoint(database, run.id)) for run in ended_early]
+        newest_first = Queries(database).search_experiments(named(experiment_name, project_name))
+        with_checkpoints = ((run, newest_checkpoint(database, run.id)) for run in newest_first)
+        found, checkpoint_id = next((pair for pair in with_checkpoints if pair[1] is not None), (None, None))
     finally:
         database.close()
-    for experiment_id, checkpoint_id in found:
-        if checkpoint_id is not None:
-            return ExperimentTracker.resume(experiment_id, database_url, at_checkpoint=checkpoint_id)
+    if found is not None and found.status != "completed":
+        return ExperimentTracker.resume(found.id, database_url, at_checkpoint=checkpoint_id)
     return ExperimentTracker(experiment_name, project_name, tags, config, database_url, metadata=metadata)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna", minversion="4")
+pytest.importorskip("optuna", minversion="4.9")
 
 import optuna
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from model_checkpoint.checkpoint.arguments import NAMED_TYPES, check_flags, check_id
+from model_checkpoint.checkpoint.best import direction
 from model_checkpoint.checkpoint.directory import CheckpointDirectory
 from model_checkpoint.checkpoint.events import CheckpointEvents
 from model_checkpoint.database import EnhancedDatabaseConnection
@@ -102,6 +103,10 @@ class CheckpointCatalog(CheckpointEvents):
         elif checkpoint_type is not None:
             records = [r for r in records if self._is_of_type(r, checkpoint_type)]
         return [self._describe(record, include_metadata) for record in records]
+
+    def best_direction(self, metric: str) -> str:
+        """Return ``min`` or ``max``: what the best value of a metric is, see ``best_metrics``."""
+        return direction(metric, self._best_metrics)
 
     def _whose(self, experiment_id: str | None) -> str | None:
         """Return the experiment that is meant: the tracker's for None, and None without a tracker."""

@@ -1,6 +1,7 @@
 """A plain JAX loop with Optax that can be killed at any moment and run again: it ends with the bits of an unbroken run.
 
-``python examples/jax_loop.py``, where ``pip install 'model-checkpoint[jax,flax]'`` was run.
+``python examples/jax_loop.py``, where ``pip install 'model-checkpoint[jax,flax]'`` was run. It writes into the
+folder that it is started in.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import optax
 from model_checkpoint import EnhancedCheckpointManager, resume_or_start
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--dir", default="loop", help="where the database and the checkpoints go")
 parser.add_argument("--steps", type=int, default=60)
 options = parser.parse_args()
 
@@ -40,8 +40,8 @@ def update(params: Any, moments: Any, rows: Any, key: Any) -> tuple[Any, Any, An
     return optax.apply_updates(params, updates), moments, loss
 
 
-with resume_or_start("jax loop", database_url=f"sqlite:///{options.dir}/experiments.db") as tracker:
-    manager = EnhancedCheckpointManager(tracker, f"{options.dir}/checkpoints", async_save=True)
+with resume_or_start("jax loop") as tracker:
+    manager = EnhancedCheckpointManager(tracker, "checkpoints", async_save=True)
     step = 0
     if manager.list_checkpoints():
         restored = manager.restore(params, moments)  # arrays of JAX never change: take the new ones

@@ -1,6 +1,7 @@
 """A plain PyTorch loop that can be killed at any moment and run again: it ends with the bits of an unbroken run.
 
-``python examples/pytorch_loop.py``, where ``pip install 'model-checkpoint[torch]'`` was run.
+``python examples/pytorch_loop.py``, where ``pip install 'model-checkpoint[torch]'`` was run. It writes into the
+folder that it is started in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import nn
 from model_checkpoint import EnhancedCheckpointManager, resume_or_start
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--dir", default="loop", help="where the database and the checkpoints go")
 parser.add_argument("--steps", type=int, default=60)
 options = parser.parse_args()
 
@@ -26,8 +26,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
 epoch: dict[str, Any] = {"order": torch.randperm(100), "next": 0}  # where training is in the data
 
-with resume_or_start("pytorch loop", database_url=f"sqlite:///{options.dir}/experiments.db") as tracker:
-    manager = EnhancedCheckpointManager(tracker, f"{options.dir}/checkpoints", async_save=True)
+with resume_or_start("pytorch loop") as tracker:
+    manager = EnhancedCheckpointManager(tracker, "checkpoints", async_save=True)
     step = manager.restore(model, optimizer, scheduler, epoch)["step"] if manager.list_checkpoints() else 0
     print(f"at step {step}")
     while step < options.steps:

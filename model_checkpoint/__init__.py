@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from model_checkpoint.checkpoint.storage import register_storage_backend
     from model_checkpoint.performance.statistics import prometheus_text
     from model_checkpoint.tracking import Capture, ExperimentTracker, Queries
+    from model_checkpoint.tracking.runs import resume_or_start
 
 __all__ = [
     "Capture",
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "prometheus_text",
     "register_storage_backend",
+    "resume_or_start",
 ]
 
 _POLICIES = ("KeepBest", "KeepEvery", "KeepLast", "KeepTypes", "KeepWithinBytes", "KeepYoungerThan")
@@ -51,6 +53,7 @@ _HOME = {
     **dict.fromkeys(("Capture", "ExperimentTracker", "Queries"), "model_checkpoint.tracking"),
     "prometheus_text": "model_checkpoint.performance.statistics",
     "register_storage_backend": "model_checkpoint.checkpoint.storage",
+    "resume_or_start": "model_checkpoint.tracking.runs",
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import UnsupportedValueError
-from model_checkpoint.integrations.runs import named, newest_checkpoint
 from model_checkpoint.tracking import ExperimentTracker, Queries
+from model_checkpoint.tracking.runs import named, newest_checkpoint
 from model_checkpoint.utils.jsonable import to_jsonable
 from model_checkpoint.utils.optional import require
 

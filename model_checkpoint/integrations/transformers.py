@@ -15,8 +15,8 @@ from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManag
 from model_checkpoint.checkpoint.rng import setters
 from model_checkpoint.checkpoint.state import random_states
 from model_checkpoint.errors import ConfigurationError
-from model_checkpoint.integrations.runs import go_back, resume_or_start
 from model_checkpoint.tracking import ExperimentTracker
+from model_checkpoint.tracking.runs import go_back, resume_or_start
 from model_checkpoint.utils.optional import require
 
 __all__ = ["resume_or_start", "train"]

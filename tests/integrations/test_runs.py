@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
-from model_checkpoint.integrations.runs import resume_or_start
+from model_checkpoint.tracking.runs import resume_or_start
 
 NAME = "it's \\ a name"
 

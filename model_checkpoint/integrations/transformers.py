@@ -51,7 +51,8 @@ def train(trainer: Any, tracker: ExperimentTracker, manager: EnhancedCheckpointM
 
     Returns:
         The Trainer's ``TrainOutput``. Where training had come to its end already, the model is restored and nothing
-        is trained: its loss is NaN then.
+        is trained: its loss is NaN then. Where a callback has stopped it before, and not to avoid overfitting, the
+        run is ``interrupted``.
 
     Raises:
         ConfigurationError: transformers is older than 5.3, the Trainer runs in several processes, the metric that it
@@ -77,13 +78,28 @@ class _Run(TrainerCallback):  # type: ignore[misc]
     def train(self) -> Any:
         saved = self._newest()
         if saved is None:
-            with self._in_charge():
-                return self._trainer.train()
+            return self._go()
         if saved["ended"] == self._length():
             return self._restore_ended(saved["state"])
-        with self._in_charge(), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             Path(folder, _STATE_FILE).write_text(json.dumps(saved["state"]), encoding="utf-8")
-            return self._trainer.train(resume_from_checkpoint=folder)
+            return self._go(folder)
+
+    def _go(self, folder: str | None = None) -> Any:
+        with self._in_charge():
+            output = self._trainer.train(resume_from_checkpoint=folder)
+        if not self._at_its_end():
+            self._tracker.set_status("interrupted")
+        return output
+
+    def _at_its_end(self) -> bool:
+        """Whether there is no more to train; a callback may also stop it for the time being."""
+        state = self._trainer.state
+        return state.global_step >= state.max_steps or any(
+            isinstance(callback, _callbacks.EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self._trainer.callback_handler.callbacks
+        )
 
     def _newest(self) -> Any:
         """Return what the newest sound checkpoint says of the Trainer, after verifying all of it; None without one."""
@@ -134,7 +150,7 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         told = {
             "state": dataclasses.asdict(state),
             "last_logged": trainer._globalstep_last_logged,
-            "ended": self._length() if trainer.control.should_training_stop else None,
+            "ended": self._length() if self._at_its_end() else None,
             "random": self._random.noted,
         }
         step, metrics = self._evaluated
@@ -187,10 +203,9 @@ class _Run(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **_: Any) -> None:
         """Pass on what is logged."""
-        told = {
-            name: value for name, value in _numbers(logs).items() if name != "epoch"
-        }  # comes with each log of a step
-        self._tracker.log_metrics(told, step=state.global_step)
+        numbers = _numbers(logs)
+        numbers.pop("epoch", None)  # it comes with every log, also with several of one step
+        self._tracker.log_metrics(numbers, step=state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
         """Keep the metrics for the save of this step; there is one evaluation for each dataset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ pytest.importorskip("transformers", minversion="5.3")
 pytest.importorskip("accelerate")
 
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.errors import ConfigurationError
@@ -156,21 +158,55 @@ def test_the_best_outlives_rotation_and_a_kill_and_is_what_the_trainer_ends_with
         assert_same(dict(m.load_checkpoint(found["checkpoint_id"])["model_state_dict"]), dict(resumed["model"]))
 
 
-def test_a_script_that_died_after_training_gets_the_model_and_trains_no_more(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/experiments.db"
-    first = make_trainer(tmp_path, num_train_epochs=1)
-    tracker = resume_or_start("bert", database_url=url)
-    train(first, tracker, EnhancedCheckpointManager(tracker, tmp_path / "checkpoints"))
-    tracker.flush()
+class StopAt(TrainerCallback):
+    """Stops training for the time being, as a time limit does."""
 
-    again = make_trainer(tmp_path, num_train_epochs=1)
-    tracker = resume_or_start("bert", database_url=url)
-    output = train(again, tracker, EnhancedCheckpointManager(tracker, tmp_path / "checkpoints"))
-    assert output.global_step == 8
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 6
+
+
+def train_here(folder: Path, *callbacks: Any, **arguments: Any) -> tuple[Any, ExperimentTracker, Any]:
+    """Train as a script does that is started again; what it leaves open tells of the run as a crash would."""
+    trainer = make_trainer(folder, list(callbacks), **arguments)
+    tracker = resume_or_start("bert", database_url=f"sqlite:///{folder}/experiments.db")
+    output = train(trainer, tracker, EnhancedCheckpointManager(tracker, folder / "checkpoints"))
+    tracker.flush()
+    return trainer, tracker, output
+
+
+_STOPS_EARLY = {"num_train_epochs": 9, "learning_rate": 0.3, "eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    ("options", "callbacks"),
+    [({"num_train_epochs": 1}, []), (_STOPS_EARLY | {"load_best_model_at_end": True}, [EarlyStoppingCallback(1)])],
+    ids=["all epochs", "stopped early"],
+)
+def test_a_script_that_died_after_training_gets_the_model_and_trains_no_more(
+    tmp_path: Path, options: dict[str, Any], callbacks: list[Any]
+) -> None:
+    first, _, output = train_here(tmp_path, *callbacks, **options)
+    again, _, nothing = train_here(tmp_path, *callbacks, **options)
+
+    assert nothing.global_step == output.global_step < 9 * 8
+    assert math.isnan(nothing.training_loss)
     assert_same(dict(first.model.state_dict()), dict(again.model.state_dict()))
 
-    longer = make_trainer(tmp_path, num_train_epochs=2)  # who wants more gets more
-    assert train(longer, tracker, EnhancedCheckpointManager(tracker, tmp_path / "checkpoints")).global_step == 16
+
+def test_who_wants_more_epochs_gets_them(tmp_path: Path) -> None:
+    train_here(tmp_path, num_train_epochs=1)
+
+    assert train_here(tmp_path, num_train_epochs=2)[2].global_step == 16
+
+
+def test_training_that_a_callback_stopped_for_the_time_being_goes_on(unbroken: Any, tmp_path: Path) -> None:
+    _, stopped, _ = train_here(tmp_path, StopAt())
+    assert stopped.record.status == "interrupted"
+    trainer, tracker, _ = train_here(tmp_path)
+
+    assert tracker.experiment_id == stopped.experiment_id
+    assert tracker.record.status == "running"
+    assert_same(dict(unbroken["model"]), dict(trainer.model.state_dict()))
 
 
 def test_training_is_the_trainers_own_to_the_bit(unbroken: Any, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from model_checkpoint.checkpoint import storage
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 SPECIFICATION = ROOT / "docs" / "specification.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FRAMEWORKS = ROOT / "docs" / "frameworks.md"  # its blocks have tests of their own, in tests/frameworks
+DOCUMENTS = [README, *sorted({*(ROOT / "docs").glob("*.md")} - {FRAMEWORKS})]
+PAGES = [*DOCUMENTS, FRAMEWORKS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`\n]+)`", re.MULTILINE | re.DOTALL)

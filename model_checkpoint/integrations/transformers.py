@@ -16,10 +16,10 @@ from model_checkpoint.checkpoint.rng import setters
 from model_checkpoint.checkpoint.state import random_states
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.tracking import ExperimentTracker
-from model_checkpoint.tracking.runs import go_back, resume_or_start
+from model_checkpoint.tracking.runs import go_back
 from model_checkpoint.utils.optional import require
 
-__all__ = ["resume_or_start", "train"]
+__all__ = ["train"]
 
 _PURPOSE = "training with a Trainer"
 _callbacks: Any = require("transformers.trainer_callback", "transformers", _PURPOSE)

@@ -18,7 +18,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
 from model_checkpoint.errors import ConfigurationError
-from model_checkpoint.integrations.transformers import resume_or_start, train
+from model_checkpoint.integrations.transformers import train
+from model_checkpoint.tracking.runs import resume_or_start
 from tests.frameworks.processes import in_process
 from tests.frameworks.transformers_training import make_trainer, mask_at_random, run
 

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from model_checkpoint import EnhancedCheckpointManager
-from model_checkpoint.integrations.transformers import resume_or_start, train
+from model_checkpoint.integrations.transformers import train
+from model_checkpoint.tracking.runs import resume_or_start
 
 
 class KillAt(TrainerCallback):

@@ -22,6 +22,8 @@ _utils: Any = require("accelerate.utils", "accelerate", "training with Accelerat
 _tracking: Any = require("accelerate.tracking", "accelerate", "training with Accelerate")
 _GeneralTracker: Any = _tracking.GeneralTracker
 
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+
 
 class AcceleratorState:
     """Saves and restores all that an ``Accelerator`` has prepared, in the middle of an epoch, too, bit for bit.
@@ -29,7 +31,9 @@ class AcceleratorState:
     That is models, optimizers, schedulers, objects given to ``register_for_checkpointing``, the gradient scaler, the
     count of accumulated batches, the random states of each process, and the place in ``loaders``. The state is one
     that every process has whole, as with DDP: the main process writes it, and each reads it. Gradients that are being
-    accumulated are not in it: save when ``accelerator.sync_gradients`` is true.
+    accumulated are not in it: save when ``accelerator.sync_gradients`` is true. In a checkpoint that is loaded
+    otherwise, ``model_state_dict`` has the lists ``models`` and ``registered``, and ``optimizer_state_dict``
+    ``optimizers`` and ``scalers``.
 
     Make it after ``prepare``, and iterate over ``state.loaders`` in place of the prepared loaders: these know where
     they are. After ``restore`` in the middle of an epoch the next iteration gives the rest of that epoch.
@@ -42,9 +46,18 @@ class AcceleratorState:
 
     Attributes:
         loaders: these, each a ``ResumableLoader``, in the order in which they were given.
+
+    Raises:
+        ConfigurationError: processes have parts of the state only (FSDP, DeepSpeed, Megatron, tensor parallelism).
     """
 
     def __init__(self, manager: EnhancedCheckpointManager, accelerator: Any, *loaders: Any) -> None:
+        how = accelerator.distributed_type.value
+        if how in _SHARDED:
+            raise ConfigurationError(
+                f"with {how} each process has a part of the state, which this does not save; "
+                "use accelerator.save_state()"
+            )
         self._manager = manager
         self._accelerator = accelerator
         self.loaders = [ResumableLoader(loader) for loader in loaders]
@@ -67,14 +80,13 @@ class AcceleratorState:
             if name in known:
                 raise ConfigurationError(f"{name} is the accelerator's own; register_for_checkpointing() adds to it")
         accelerator = self._accelerator
-        positions = {"random": random_states(), "loaders": [loader.state_dict() for loader in self.loaders]}
-        processes = _utils.gather_object([positions])
+        place = {"random": random_states(), "loaders": [loader.state_dict() for loader in self.loaders]}
+        places = _utils.gather_object([place])
         made = [""]
         if accelerator.is_main_process:
-            extra = {**self._objects(), "accumulated": accelerator.step, "processes": processes}
-            parts = self._parts()
+            extra = {"accumulated": accelerator.step, "processes": places}
             known = {"save_rng": False, **known}
-            made = [self._manager.save_checkpoint(**parts, epoch=epoch, step=step, extra_state=extra, **known)]
+            made = [self._manager.save_checkpoint(**self._parts(), epoch=epoch, step=step, extra_state=extra, **known)]
         return str(_utils.broadcast_object_list(made)[0])
 
     def restore(self, which: str = "latest", experiment_id: str | None = None) -> dict[str, Any] | None:
@@ -89,43 +101,39 @@ class AcceleratorState:
             asked for and there is none.
 
         Raises:
-            ConfigurationError: it was saved by another number of processes, or with other loaders.
-            And what ``EnhancedCheckpointManager.restore`` raises. Nothing was changed then.
+            ConfigurationError: it was saved by another number of processes, or with other loaders; models, optimizers
+                and schedulers are restored all the same.
+            And what ``EnhancedCheckpointManager.restore`` raises; nothing was changed then.
         """
-        accelerator = self._accelerator
-        chosen: list[Any] = [None]
-        if accelerator.is_main_process:
-            chosen = [self._choose(which, experiment_id)]
-        checkpoint_id = _utils.broadcast_object_list(chosen)[0]
+        found: dict[str, Any] | None = None
+        if self._accelerator.is_main_process:
+            found = self._read(which, experiment_id)
+        told = [None if found is None else found["_checkpoint_metadata"]["checkpoint_id"]]
+        checkpoint_id = _utils.broadcast_object_list(told)[0]
         if checkpoint_id is None:
             return None
-        saved = self._manager.load_checkpoint(checkpoint_id, keys=["extra.processes", "extra.accumulated"])[
-            "extra_state"
-        ]
-        processes = saved["processes"]
-        place = self._own_place(checkpoint_id, processes)
-        extra = {**self._objects(), "accumulated": 0, "processes": processes}
-        found = self._manager.restore(
-            **self._parts(), extra_state=extra, checkpoint_id=checkpoint_id, restore_rng=False
-        )
-        accelerator.step = saved["accumulated"]
+        if found is None:
+            found = self._read(checkpoint_id, None)
+        saved = self._manager.load_checkpoint(checkpoint_id, keys="extra")["extra_state"]
+        place = self._own_place(checkpoint_id, saved["processes"])
+        self._accelerator.step = saved["accumulated"]
         for loader, position in zip(self.loaders, place["loaders"]):
             loader.load_state_dict(position)
         for put_back in setters(place["random"]):
             put_back()
         return found
 
-    def _choose(self, which: str, experiment_id: str | None) -> str | None:
-        """Return the id of the checkpoint that is meant, of which every byte was verified."""
+    def _read(self, which: str, experiment_id: str | None) -> dict[str, Any] | None:
+        parts: dict[str, Any] = {**self._parts(), "restore_rng": False}
         try:
             if is_id(which):
-                return which
-            found = self._manager.load_checkpoint(None, experiment_id, which, on_corruption="fallback")
+                return self._manager.restore(**parts, checkpoint_id=which)
+            parts |= {"experiment_id": experiment_id, "checkpoint_type": which}
+            return self._manager.restore(**parts, on_corruption="fallback")
         except CheckpointNotFoundError:
             if which != "latest":
                 raise
             return None
-        return str(found["_checkpoint_metadata"]["checkpoint_id"])
 
     def _own_place(self, checkpoint_id: str, processes: list[Any]) -> Mapping[str, Any]:
         accelerator = self._accelerator
@@ -144,15 +152,14 @@ class AcceleratorState:
 
     def _parts(self) -> dict[str, Any]:
         accelerator = self._accelerator
+        models = [accelerator.unwrap_model(model) for model in accelerator._models]
+        optimizers = [optimizer.optimizer for optimizer in accelerator._optimizers]
+        scalers = [] if accelerator.scaler is None else [accelerator.scaler]
         return {
-            "model": [accelerator.unwrap_model(model) for model in accelerator._models],
-            "optimizer": [optimizer.optimizer for optimizer in accelerator._optimizers],
+            "model": {"models": models, "registered": list(accelerator._custom_objects)},
+            "optimizer": {"optimizers": optimizers, "scalers": scalers},
             "scheduler": [scheduler.scheduler for scheduler in accelerator._schedulers],
         }
-
-    def _objects(self) -> dict[str, Any]:
-        scaler = self._accelerator.scaler
-        return {"registered": list(self._accelerator._custom_objects), "scaler": [] if scaler is None else [scaler]}
 
 
 class EngineTracker(_GeneralTracker):  # type: ignore[misc]

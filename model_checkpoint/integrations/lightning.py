@@ -30,6 +30,8 @@ _rank_zero_only: Any = lightning.utilities.rank_zero_only
 
 log = logging.getLogger(__name__)
 
+_SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
 
 class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
     """Saves what a ``Trainer`` has, and goes on from there by itself: bit for bit as if it had never stopped.
@@ -51,7 +53,8 @@ class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
             another type or an id, as for ``load_checkpoint``, or False. ``fit``'s ``ckpt_path`` goes before it.
 
     Raises:
-        ConfigurationError: an argument that cannot be used. ``fit`` raises what saving and loading raise.
+        ConfigurationError: an argument that cannot be used; from ``fit``, which also raises what saving and loading
+            raise, a strategy with which each process has a part of the state only.
     """
 
     def __init__(
@@ -78,8 +81,13 @@ class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:
             return
+        if _SHARDED.intersection(base.__name__ for base in type(trainer.strategy).__mro__):
+            raise ConfigurationError(
+                f"with {type(trainer.strategy).__name__} each process has a part of the state, which "
+                "CheckpointCallback does not save; use Lightning's own ModelCheckpoint"
+            )
         source = trainer.fit_loop._data_source
         if "dataloader" not in vars(source):
             source.dataloader = partial(_resumable, source.dataloader)
@@ -137,7 +145,7 @@ class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
         self._due |= every is not None and step // every > self._last_step // every
         self._due |= trainer.should_stop or step == trainer.max_steps
         self._last_step = step
-        if self._due and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if self._due and not trainer.fast_dev_run and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             self._save(trainer, trainer._logger_connector.metrics["callback"])
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -161,7 +169,7 @@ class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
             _given(self._manager).wait()
 
     def _save_ended_epoch(self, trainer: Any) -> None:
-        if self._due:
+        if self._due and not trainer.fast_dev_run:
             step, names = self._validated
             stale = names if step != trainer.global_step else set()
             current = {name: value for name, value in trainer.callback_metrics.items() if name not in stale}

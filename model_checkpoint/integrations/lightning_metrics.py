@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from model_checkpoint.utils.optional import require
+
 
 def state_of(trainer: Any) -> dict[str, Any]:
     """Return the metrics of a trainer as plain values and tensors, for ``put_back`` and ``complete``.
@@ -54,6 +56,5 @@ def complete(trainer: Any, partial: dict[str, Any]) -> None:
 
 
 def _torchmetrics(pl_module: Any) -> dict[str, Any]:
-    from torchmetrics import Metric  # Lightning needs it
-
-    return {name: module for name, module in pl_module.named_modules() if isinstance(module, Metric)}
+    kind = require("torchmetrics", "lightning", "training with Lightning").Metric
+    return {name: module for name, module in pl_module.named_modules() if isinstance(module, kind)}

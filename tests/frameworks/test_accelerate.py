@@ -173,7 +173,9 @@ def test_a_loader_that_has_fewer_batches_than_were_seen_is_refused() -> None:
         next(iter(shorter))
 
 
-def test_what_does_not_fit_the_accelerator_is_refused(tracker: ExperimentTracker, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_accelerator_is_refused(
+    tracker: ExperimentTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accelerator, *_, loader, _average = prepared()
     with EnhancedCheckpointManager(tracker, tmp_path / "c") as manager:
         state = AcceleratorState(manager, accelerator, loader)
@@ -188,6 +190,9 @@ def test_what_does_not_fit_the_accelerator_is_refused(tracker: ExperimentTracker
             state.save(model={})
         with pytest.raises(ConfigurationError, match="the places in 1 loaders, and there are 0"):
             AcceleratorState(manager, accelerator).restore(saved)
+        monkeypatch.setattr(type(accelerator), "distributed_type", accelerate.DistributedType.FSDP)
+        with pytest.raises(ConfigurationError, match="with FSDP each process has a part of the state"):
+            AcceleratorState(manager, accelerator, loader)
 
 
 def test_the_tracker_logs_what_the_accelerator_logs(tracker: ExperimentTracker) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -157,6 +161,45 @@ def test_a_fit_that_is_killed_and_run_again_has_the_bits_of_an_unbroken_one(trai
     assert assert_resume_equivalent(train, 30, kill_at=kill_at) >= 20
 
 
+def train_in_two_processes(folder: str, kill_at: int) -> None:
+    class Kill(pl.Callback):  # type: ignore[misc]
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    manager, rank = None, int(os.environ.get("LOCAL_RANK", "0"))
+    if rank == 0:
+        url, noted = f"sqlite:///{folder}/runs.db", Path(folder, "id.txt")
+        known = noted.exists()
+        tracker = (
+            ExperimentTracker.resume(noted.read_text(), url) if known else ExperimentTracker("n", database_url=url)
+        )
+        noted.write_text(tracker.experiment_id)
+        manager = EnhancedCheckpointManager(tracker, f"{folder}/checkpoints")
+    pl.seed_everything(7, verbose=False)
+    torch.manual_seed(rank)
+    model = Model()
+    callbacks = [Kill(), CheckpointCallback(manager, every_n_train_steps=2)]
+    trainer(callbacks, max_epochs=3, devices=2, strategy="ddp").fit(model, loader())
+    torch.save([*weights(model), torch.rand(1).item()], f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_the_first_one_writes_are_resumed_exactly(tmp_path: Path) -> None:
+    def run(name: str, kill_at: int = -1) -> int:
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, __file__, str(tmp_path / name), str(kill_at)]
+        return subprocess.run(command, capture_output=True, timeout=120).returncode
+
+    assert run("unbroken") == 0
+    assert run("killed", kill_at=9) != 0
+    assert not (tmp_path / "killed" / "0.pt").exists()
+    assert run("killed") == 0
+    for rank in ("0.pt", "1.pt"):
+        before, after = (torch.load(tmp_path / name / rank) for name in ("unbroken", "killed"))
+        assert before == after
+
+
 @pytest.fixture
 def manager(tracker: ExperimentTracker, tmp_path: Path) -> Any:
     with EnhancedCheckpointManager(tracker, tmp_path / "checkpoints") as made:
@@ -215,6 +258,42 @@ def test_resume_says_what_a_fit_begins_with(manager: Any) -> None:
         CheckpointCallback(manager, resume=True)
     with pytest.raises(ConfigurationError, match="every_n_epochs is 0"):
         CheckpointCallback(manager, every_n_epochs=0)
+    made = trainer([CheckpointCallback(manager)])
+    made.strategy.__class__ = type("FSDPStrategy", (type(made.strategy),), {})
+    with pytest.raises(ConfigurationError, match="with FSDPStrategy each process has a part of the state"):
+        made.fit(Model(), loader())
+
+
+def test_a_fit_that_was_stopped_within_an_epoch_goes_on_from_the_newest_sound_checkpoint(tmp_path: Path) -> None:
+    def train(folder: str, steps: int) -> tuple[int, list[float]]:
+        manager.append(EnhancedCheckpointManager(tracker[folder], tmp_path / folder))
+        begun: list[int] = []
+
+        class Watch(pl.Callback):  # type: ignore[misc]
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                begun.append(trainer.global_step)
+
+        pl.seed_everything(7, verbose=False)
+        model = Model()
+        callbacks = [Watch(), CheckpointCallback(manager[-1], every_n_train_steps=6)]
+        trainer(callbacks, max_steps=steps).fit(model, loader())
+        return begun[0], weights(model)
+
+    url = f"sqlite:///{tmp_path}/runs.db"
+    tracker = {name: ExperimentTracker(name, database_url=url) for name in ("unbroken", "stopped")}
+    manager: list[EnhancedCheckpointManager] = []
+    expected = train("unbroken", 25)
+    train("stopped", 15)
+    newest = manager[-1].list_checkpoints()[-1]
+    assert (newest["step"], newest["epoch"]) == (15, 1)
+    Path(newest["path"], "model.safetensors").write_bytes(b"damaged")
+    assert train("stopped", 15)[0] == 12
+    assert train("stopped", 25) == (15, expected[1])
+    saved = len(manager[-1].list_checkpoints())
+    trainer([CheckpointCallback(manager[-1])], fast_dev_run=True).fit(Model(), loader())
+    assert len(manager[-1].list_checkpoints()) == saved
+    for one in tracker.values():
+        one.close()
 
 
 def test_background_saves_hold_the_state_of_the_step_that_they_were_made_at(tmp_path: Path) -> None:
@@ -307,3 +386,7 @@ def test_the_logger_writes_metrics_and_hyperparameters_and_how_training_ended(tm
 
     assert status(Model()) == "completed"
     assert status(Broken()) == "failed"
+
+
+if __name__ == "__main__":
+    train_in_two_processes(sys.argv[1], int(sys.argv[2]))

@@ -118,6 +118,7 @@ class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
         self._last_step = trainer.global_step
         if self._resumed is None:
             return
+        self._validated = self._resumed["validated"]
         lightning_metrics.put_back(trainer, pl_module, self._resumed["metrics"])
         loop, loaders = trainer.fit_loop, trainer.fit_loop._combined_loader
         if self._resumed["epoch_ended"]:  # nothing is to be finished, whatever the loop concludes from max_steps
@@ -181,7 +182,8 @@ class CheckpointCallback(_Checkpoint):  # type: ignore[misc]
         self._state = {
             "epoch_ended": epoch_ended,
             "random": _of_all_ranks(trainer, random_states()),
-            "loaders": loaders._state_dicts(),
+            "loaders": loaders._state_dicts() if epoch_ended else [],
+            "validated": self._validated,
             "metrics": lightning_metrics.state_of(trainer),
         }
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -248,10 +250,6 @@ class TrackerLogger(_Logger):  # type: ignore[misc]
         _given(self._tracker).log_hyperparameters({str(name): _json_or_text(value) for name, value in params.items()})
 
     @_rank_zero_only  # type: ignore[untyped-decorator]
-    def save(self) -> None:
-        """Do nothing: the tracker writes by itself, within half a second."""
-
-    @_rank_zero_only  # type: ignore[untyped-decorator]
     def finalize(self, status: str) -> None:
         """Note how it ended: ``completed``, or by the exception that ended it ``failed`` or ``interrupted``."""
         tracker = _given(self._tracker)
@@ -261,18 +259,21 @@ class TrackerLogger(_Logger):  # type: ignore[misc]
 
 
 class _Loaders(_CombinedLoader):  # type: ignore[misc]
-    """The loaders of a fit, each resumable, once Lightning has given them the samplers that it wants."""
+    """The loaders of a fit, each made resumable when Lightning has given them the samplers that it wants."""
 
+    flattened: Any
     random: Any = None  # states to put back before the next batch
 
-    @property
-    def flattened(self) -> list[Any]:
-        return self._flattened  # type: ignore[no-any-return]
+    def _make_resumable(self) -> None:
+        self.flattened = [one if isinstance(one, ResumableLoader) else ResumableLoader(one) for one in self.flattened]
 
-    @flattened.setter
-    def flattened(self, loaders: list[Any]) -> None:
-        wrapped = [one if isinstance(one, ResumableLoader) else ResumableLoader(one) for one in loaders]
-        _CombinedLoader.flattened.fset(self, wrapped)
+    def _load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        self._make_resumable()
+        super()._load_state_dicts(states)
+
+    def __iter__(self) -> Any:
+        self._make_resumable()
+        return super().__iter__()
 
     def __next__(self) -> Any:
         _put_back(self.random)

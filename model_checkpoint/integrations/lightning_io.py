@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManager
@@ -23,6 +24,7 @@ _CheckpointIO: Any = lightning.plugins.CheckpointIO
 log = logging.getLogger(__name__)
 
 _PARTS = {"model": "state_dict", "optimizer": "optimizer_states", "scheduler": "lr_schedulers"}  # ours -> Lightning's
+_HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 class ManagerCheckpointIO(_CheckpointIO):  # type: ignore[misc]
@@ -98,9 +100,23 @@ class ManagerCheckpointIO(_CheckpointIO):  # type: ignore[misc]
 
 def store(manager: EnhancedCheckpointManager, checkpoint: Mapping[str, Any], **known: Any) -> str:
     """Save what Lightning's ``dump_checkpoint`` returned; ``known`` are further arguments of ``save_checkpoint``."""
-    rest = {name: value for name, value in checkpoint.items() if name not in _PARTS.values()}
+    rest = {name: value for name, value in checkpoint.items() if name not in (*_PARTS.values(), "hparams_type")}
+    rest.update({name: _plain(rest[name]) for name in _HYPERPARAMETERS if name in rest})
     parts: dict[str, Any] = {ours: checkpoint.get(name) for ours, name in _PARTS.items()}
     return manager.save_checkpoint(**parts, extra_state=rest, save_rng=False, **known)
+
+
+def _plain(value: Any) -> Any:
+    """Return hyperparameters as they can be stored: paths as text, namespaces and OmegaConf's as dicts and lists."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, tuple)):
+        return [_plain(part) for part in value]
+    return value
 
 
 def assembled(loaded: Mapping[str, Any]) -> dict[str, Any]:

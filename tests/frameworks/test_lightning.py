@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import signal
@@ -236,6 +237,17 @@ def test_a_validated_metric_is_noted_only_for_the_weights_that_it_was_measured_o
     assert noted == {**dict.fromkeys((2, 4, 6, 8, 12, 14, 16, 18), False), 10: True, 20: True}
 
 
+def test_an_old_validated_metric_is_not_taken_for_a_new_one_after_a_resume(manager: Any) -> None:
+    def train(epochs: int) -> None:
+        callbacks = [CheckpointCallback(manager)]
+        made = trainer(callbacks, max_epochs=epochs, check_val_every_n_epoch=2, num_sanity_val_steps=0)
+        made.fit(Model(), loader(), DataLoader(TensorDataset(torch.ones(8, 6), torch.ones(8)), batch_size=4))
+
+    train(2)
+    train(4)
+    assert [one["val_loss"] is not None for one in manager.list_checkpoints()] == [False, True, False, True]
+
+
 def test_resume_says_what_a_fit_begins_with(manager: Any) -> None:
     first = fit(manager, loader(), max_epochs=1)
     begun = []
@@ -349,6 +361,17 @@ def test_lightnings_own_model_checkpoint_saves_rotates_and_resumes_through_a_man
     (tmp_path / "other.ckpt").write_bytes(b"PK\x03\x04")
     with pytest.raises(FormatError, match=r"other\.ckpt does not name a checkpoint"):
         io.load_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_hyperparameters_are_kept_paths_and_namespaces_as_plain_values(manager: Any, tmp_path: Path) -> None:
+    given = {"root": Path("/data"), "parsed": argparse.Namespace(lr=0.1, steps=[1, 2]), "betas": (0.9, 0.99)}
+    checkpoint = {"epoch": 0, "global_step": 0, "state_dict": {}, "hyper_parameters": given, "callbacks": {}}
+    io = ManagerCheckpointIO(manager)
+    io.save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    expected = {"root": "/data", "parsed": {"lr": 0.1, "steps": [1, 2]}, "betas": (0.9, 0.99)}
+    assert io.load_checkpoint(tmp_path / "x.ckpt")["hyper_parameters"] == expected
+    with pytest.raises(ConfigurationError, match="storage_options"):
+        io.save_checkpoint(checkpoint, tmp_path / "x.ckpt", storage_options={})
 
 
 def test_what_cannot_be_stored_without_pickle_is_refused_with_its_path(manager: Any, tmp_path: Path) -> None:

@@ -135,11 +135,28 @@ def test_two_processes_of_which_the_main_one_writes_are_resumed_exactly(tmp_path
     assert len(list((tmp_path / "11" / "checkpoints").glob("*-*"))) == 1  # one experiment: the other process made none
 
 
-@pytest.mark.parametrize("options", [{}, {"generator": True}, {"num_workers": 1}])
-def test_a_resumable_loader_gives_the_rest_of_its_epoch_and_leaves_random_states_alone(options: dict[str, Any]) -> None:
+class Ahead:
+    """Fetches one batch ahead, as Accelerate's loaders do."""
+
+    def __init__(self, loader: Any) -> None:
+        self.base_dataloader = loader
+
+    def __iter__(self) -> Any:
+        batches = iter(self.base_dataloader)
+        held = next(batches)
+        for batch in batches:
+            yield held
+            held = batch
+        yield held
+
+
+@pytest.mark.parametrize("how", ["plain", "generator", "workers", "ahead"])
+def test_a_resumable_loader_gives_the_rest_of_its_epoch_and_leaves_random_states_alone(how: str) -> None:
     def made() -> ResumableLoader:
-        own = {"generator": torch.Generator().manual_seed(5)} if "generator" in options else options
-        return ResumableLoader(DataLoader(Noisy(), batch_size=4, shuffle=True, **own))
+        generator = torch.Generator().manual_seed(5) if how == "generator" else None
+        workers = 1 if how == "workers" else 0
+        loader = DataLoader(Noisy(), batch_size=4, shuffle=True, generator=generator, num_workers=workers)
+        return ResumableLoader(Ahead(loader) if how == "ahead" else loader)
 
     def numbers(loader: Any) -> Any:
         return [(y.tolist(), x.tolist(), torch.rand(1).item()) for x, y in loader]

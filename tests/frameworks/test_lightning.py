@@ -358,6 +358,8 @@ def test_lightnings_own_model_checkpoint_saves_rotates_and_resumes_through_a_man
     assert len(manager.list_checkpoints()) == 2
     with pytest.raises(CheckpointNotFoundError, match="no such file"):
         io.load_checkpoint(resumed.checkpoint_callback.best_model_path)
+    (tmp_path / "kept").rename(tmp_path / "moved")
+    assert io.load_checkpoint(tmp_path / "moved" / "last.ckpt")["global_step"] == 40
     (tmp_path / "other.ckpt").write_bytes(b"PK\x03\x04")
     with pytest.raises(FormatError, match=r"other\.ckpt does not name a checkpoint"):
         io.load_checkpoint(tmp_path / "other.ckpt")

@@ -133,7 +133,7 @@ def train_steps_of_a_stream(manager: EnhancedCheckpointManager, steps: int) -> N
     fit(manager, DataLoader(Stream(), batch_size=4), max_steps=steps)
 
 
-def train_two_stateful_loaders(manager: EnhancedCheckpointManager, steps: int) -> None:
+def train_two_loaders_in_half_precision(manager: EnhancedCheckpointManager, steps: int) -> None:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     pl.seed_everything(7, verbose=False)
@@ -144,8 +144,13 @@ def train_two_stateful_loaders(manager: EnhancedCheckpointManager, steps: int) -
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step([torch.cat(parts) for parts in zip(*batch)], batch_idx)
 
-    made = trainer([CheckpointCallback(manager, every_n_train_steps=3, every_n_epochs=1)], max_steps=steps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+    half = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    made = trainer(
+        [CheckpointCallback(manager, every_n_train_steps=3, every_n_epochs=1)], max_steps=steps, plugins=[half]
+    )
     made.fit(Both(), [a, b])
+    assert scaler.get_scale() > 1024.0
 
 
 @pytest.mark.slow  # processes of their own, each of which imports Lightning
@@ -155,7 +160,7 @@ def train_two_stateful_loaders(manager: EnhancedCheckpointManager, steps: int) -
         (train_epochs, [5, 12, 21]),
         (train_with_validations_within, [3, 8, 11]),
         (train_steps_of_a_stream, [5, 12]),
-        (train_two_stateful_loaders, [5, 12]),
+        (train_two_loaders_in_half_precision, [5, 12]),
     ],
 )
 def test_a_fit_that_is_killed_and_run_again_has_the_bits_of_an_unbroken_one(train: Any, kill_at: list[int]) -> None:

@@ -10,7 +10,7 @@ from model_checkpoint.checkpoint.enhanced_manager import EnhancedCheckpointManag
 from model_checkpoint.checkpoint.rng import setters
 from model_checkpoint.checkpoint.state import random_states
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError
-from model_checkpoint.integrations.data_position import ResumableLoader
+from model_checkpoint.integrations.pytorch import ResumableLoader
 from model_checkpoint.tracking import ExperimentTracker
 from model_checkpoint.tracking.closing import status_after
 from model_checkpoint.utils.names import is_id

@@ -13,8 +13,8 @@ from model_checkpoint.checkpoint.rng import setters
 from model_checkpoint.checkpoint.state import random_states
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, UnsupportedValueError
 from model_checkpoint.integrations import lightning_metrics
-from model_checkpoint.integrations.data_position import ResumableLoader
 from model_checkpoint.integrations.lightning_io import ManagerCheckpointIO, assembled, lightning, store
+from model_checkpoint.integrations.pytorch import ResumableLoader
 from model_checkpoint.tracking import ExperimentTracker
 from model_checkpoint.tracking.closing import status_after
 from model_checkpoint.utils.jsonable import to_jsonable, to_number

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from model_checkpoint.integrations.accelerate import AcceleratorState, EngineTracker  # noqa: E402
-from model_checkpoint.integrations.data_position import ResumableLoader  # noqa: E402
+from model_checkpoint.integrations.pytorch import ResumableLoader  # noqa: E402
 
 
 class Noisy(Dataset):  # type: ignore[type-arg]

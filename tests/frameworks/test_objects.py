@@ -152,6 +152,33 @@ class TestTorch:
         store.manager.restore(extra_state={"loader": fresh})
         assert [batch.tolist() for batch in fresh] + [batch.tolist() for batch in fresh] == expected
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("seen", [0, 3, 7])
+    def test_any_loader_of_torchs_goes_on_in_the_middle_of_a_shuffled_epoch(
+        self, store: Store, workers: int, seen: int
+    ) -> None:
+        torch = pytest.importorskip("torch")
+        from model_checkpoint.integrations.pytorch import ResumableLoader
+
+        def make() -> Any:
+            return ResumableLoader(
+                torch.utils.data.DataLoader(list(range(20)), batch_size=3, shuffle=True, num_workers=workers)
+            )
+
+        torch.manual_seed(1)
+        loader = make()
+        batches = iter(loader)
+        for _ in range(seen):
+            next(batches)
+        store.save({}, extra_state=loader)
+        rest = list(batches) if seen else []
+        expected = [batch.tolist() for batch in rest] + [batch.tolist() for batch in loader]
+        torch.manual_seed(2)
+        fresh = make()
+        store.manager.restore(extra_state=fresh)
+        again = [batch.tolist() for batch in fresh] + ([batch.tolist() for batch in fresh] if seen else [])
+        assert again == expected
+
     def test_a_ddp_module_is_saved_by_the_names_of_the_module_in_it(self, tmp_path: Path) -> None:
         pytest.importorskip("torch")
         done = subprocess.run(

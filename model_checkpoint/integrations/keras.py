@@ -103,7 +103,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         self._trained = 0  # batches of this epoch
         self._saved = 0  # of these, how many when it was last saved
         self._place: dict[str, Any] = {}  # where a checkpoint that was put back left off, until the epoch has begun
-        self._fresh = {}
+        self._fresh = {name: dict(vars(callback)) for name, callback in self._kept().items()}
         model._initial_epoch = None
         if self.tracker is not None:
             self.tracker.log_hyperparameters(_config(model, self.params or {}))
@@ -125,6 +125,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
             raise ConfigurationError(
                 "that checkpoint was not saved by a CheckpointCallback; use restore() before fit()"
             )
+        self._put_back_others()
         self._place["random"] = random_states()
         checkpoint = restored["_checkpoint_metadata"]["checkpoint_id"]
         if self.tracker is not None:
@@ -132,14 +133,15 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         model._initial_epoch = (self.params or {}).get("epochs") if place["stopped"] else place["epoch"]
         log.info("going on from checkpoint %s, with epoch %d, batch %d", checkpoint, place["epoch"], place["batch"])
 
+    def _put_back_others(self) -> None:
+        for name, callback in self._kept().items() if self._place else ():
+            vars(callback).update(self._place["callbacks"].get(name, {}))
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Note where the epoch begins; in the first one after a checkpoint was put back, go on with its batch."""
         self._epoch, self._trained, self._saved = epoch, 0, 0
+        self._put_back_others()  # those that come after this one have forgotten all when training began
         place, self._place = self._place, {}
-        if not self._fresh:  # not before: when training begins they forget all
-            self._fresh = {name: dict(vars(callback)) for name, callback in self._kept().items()}
-            for name, callback in self._kept().items():
-                vars(callback).update(place.get("callbacks", {}).get(name, {}))
         if place and place["batch"]:
             for put_back in setters(place["epoch_random"]):
                 put_back()
@@ -169,6 +171,8 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:
         """Close what belongs to a folder."""
+        self._put_back_others()  # there was no epoch left to train
+        self._place = {}
         self.model._initial_epoch = None
         _of(self.manager).wait()
         if self._folder is not None:

@@ -19,7 +19,6 @@ for needed in ("jax", "torch", "tensorflow"):
     pytest.importorskip(needed)
 
 HERE = Path(__file__).parent
-BACKENDS = ["torch", pytest.param("jax", marks=pytest.mark.slow), pytest.param("tensorflow", marks=pytest.mark.slow)]
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -58,3 +57,29 @@ def test_training_that_is_killed_three_times_ends_with_the_bits_of_the_unbroken_
         points = queries.database.query("SELECT count(*) FROM checkpoints")
     assert experiment.status == "completed"
     assert points[0][0] > 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keras")
+
+
+BACKENDS = ["torch", pytest.param("jax", marks=pytest.mark.slow), pytest.param("tensorflow", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_objects_of_all_kinds_are_restored_and_the_callback_keeps_its_word(folder: Path, backend: str) -> None:
+    told = outcome(run("keras_checks.py", backend, folder))
+
+    assert len(told) > 15
+    failed = {name: text for name, text in told.items() if text is not None}
+    assert not failed, "\n".join(failed.values())
+
+
+@pytest.mark.slow
+def test_what_one_backend_saved_another_one_restores(folder: Path) -> None:
+    written = [name for name in ("torch", "jax", "tensorflow") if (folder / f"{name}.npz").exists()]
+    assert written, "the test before this one leaves them"
+    for backend in ("torch", "jax", "tensorflow"):
+        done = run("keras_checks.py", backend, folder, ",".join(written))
+        assert done.returncode == 0, done.stderr[-3000:]

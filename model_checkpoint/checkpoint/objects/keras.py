@@ -40,13 +40,9 @@ class KerasAdapter(ObjectAdapter):
 
     def put_back(self, value: Any, state: Any) -> object:
         values = state if isinstance(state, list) else [state[name] for name in self.state_of(value)]  # type: ignore[attr-defined]
-        keras = require("keras", "keras", "loading an object of Keras")
-        given: set[int] = set()
         for variable, new in zip(_variables(value), values):
             if new is not variable.value:  # it was not filled where it is
-                # JAX refuses to train with variables that are one array, as weights are with their average once.
-                variable.assign(keras.ops.copy(new) if id(new) in given else new)
-                given.add(id(new))
+                variable.assign(new)
         return value
 
 

@@ -102,7 +102,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         self._epoch = 0
         self._trained = 0  # batches of this epoch
         self._saved = 0  # of these, how many when it was last saved
-        self._place: dict[str, Any] = {}  # where a checkpoint that was put back left off, until the epoch has begun
+        self._place: dict[str, Any] = {}  # where a checkpoint that was put back left off, until training is there
         self._fresh = {name: dict(vars(callback)) for name, callback in self._kept().items()}
         model._initial_epoch = None
         if self.tracker is not None:
@@ -141,17 +141,23 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         """Note where the epoch begins; in the first one after a checkpoint was put back, go on with its batch."""
         self._epoch, self._trained, self._saved = epoch, 0, 0
         self._put_back_others()  # those that come after this one have forgotten all when training began
-        place, self._place = self._place, {}
-        if place and place["batch"]:
-            for put_back in setters(place["epoch_random"]):
+        if self._place and self._place["batch"]:
+            for put_back in setters(self._place["epoch_random"]):
                 put_back()
-            self._trained = self._saved = place["batch"]
-            _pass_over(self.model, place)
+            self._trained = self._saved = self._place["batch"]
+            _pass_over(self.model, self._place)
+        else:
+            self._place = {}
         self._epoch_random = None if self._batches_between is None else random_states()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Save, if it is time to."""
-        if self._batches_between is None or batch < self._trained:
+        if batch < self._trained:
+            if batch + 1 == self._trained:  # others have counted what went by once more
+                self._put_back_others()
+                self._place = {}
+            return
+        if self._batches_between is None:
             return
         self._trained = batch + 1
         last = self._trained == (self.params or {}).get("steps") and self._is_due(self._epoch)

@@ -339,18 +339,38 @@ def any_checkpoint_or_none_is_begun_with(_: EnhancedCheckpointManager, folder: P
         assert len(queries.search_experiments()) == 2
 
 
-def what_cannot_be_gone_on_with_is_refused(_: EnhancedCheckpointManager, folder: Path) -> None:
+def interrupted(folder: Path, **given: Any) -> None:
+    """Train until the second of three batches, and leave a checkpoint there."""
+
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if batch == 1:
                 raise KeyboardInterrupt
 
     keras.utils.set_random_seed(5)
-    saving = CheckpointCallback(folder, every_n_batches=1)
+    saving = CheckpointCallback(folder, every_n_batches=1, **given)
+    callbacks = [*given.get("also", []), saving, Stop()]
     with pytest.raises(KeyboardInterrupt):
-        compiled(metrics=["mae"]).fit(x, y, batch_size=8, verbose=0, callbacks=[saving, Stop()])
+        compiled(metrics=["mae"]).fit(x[:18], y[:18], batch_size=8, verbose=0, callbacks=callbacks)
     saving.manager.close()
     saving.tracker.close()
+
+
+def other_callbacks_count_each_batch_once(_: EnhancedCheckpointManager, folder: Path) -> None:
+    class Counted(keras.callbacks.Callback):
+        seen = 0
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.seen += 1
+
+    interrupted(folder, also=[Counted()])
+    counted = Counted()
+    fit(folder, 2, also=[counted])
+    assert counted.seen == 6, counted.seen
+
+
+def what_cannot_be_gone_on_with_is_refused(_: EnhancedCheckpointManager, folder: Path) -> None:
+    interrupted(folder)
     with pytest.raises(ConfigurationError, match="metrics of the model"):
         fit(folder, 2, compiled(metrics=["mae", "mse"]))
     _model, history = fit(folder, 2)
@@ -413,6 +433,7 @@ CHECKS: list[Check] = [
     a_background_save_holds_what_was_there_when_it_was_called,
     a_corrupt_checkpoint_is_passed_over,
     any_checkpoint_or_none_is_begun_with,
+    other_callbacks_count_each_batch_once,
     what_cannot_be_gone_on_with_is_refused,
     a_checkpoint_is_left_for_the_other_backends,
 ]

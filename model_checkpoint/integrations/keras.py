@@ -15,6 +15,7 @@ from model_checkpoint.checkpoint.state import random_states
 from model_checkpoint.errors import ConfigurationError
 from model_checkpoint.tracking.experiment_tracker import ExperimentTracker
 from model_checkpoint.tracking.queries import Queries
+from model_checkpoint.tracking.runs import go_back
 from model_checkpoint.utils.optional import require
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         every_n_epochs: how often to save at the end of an epoch; None for never.
         every_n_batches: how often to save within an epoch; None for never. With ``steps_per_execution``, whenever as
             many have gone by.
-        resume: a checkpoint's type, such as ``best_val_loss`` (see ``load_checkpoint``), or its id; None begins anew.
+        resume: a checkpoint's type, such as ``best_val_loss`` (see ``load_checkpoint``), or its id; False begins anew.
         also: other callbacks that are to be saved and put back, such as ``EarlyStopping`` and ``ReduceLROnPlateau``,
             which else forget the best value and how long ago it was: what is a number, text or array of them, and has
             changed since training began.
@@ -74,13 +75,17 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         tracker: ExperimentTracker | None = None,
         every_n_epochs: int | None = 1,
         every_n_batches: int | None = None,
-        resume: str | None = "latest",
+        resume: str | bool = "latest",
         also: Sequence[Any] = (),
     ) -> None:
         super().__init__()
         for name, count in (("every_n_epochs", every_n_epochs), ("every_n_batches", every_n_batches)):
             if count is not None and (type(count) is not int or count < 1):
                 raise ConfigurationError(f"{name} must be at least 1, or None for never, not {count!r}")
+        if resume is True or not isinstance(resume, (str, bool)):
+            raise ConfigurationError(
+                f"resume must be a checkpoint's type or id, or False to begin anew, not {resume!r}"
+            )
         self._folder = None if isinstance(store, EnhancedCheckpointManager) else Path(fspath(store))
         if self._folder is not None and tracker is not None:
             raise ConfigurationError("tracker belongs to a manager; for a folder, pass run_name")
@@ -97,7 +102,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Open the folder, note the config, and put a checkpoint back."""
         if self._folder is not None:
-            self.tracker, self.manager = _open(self._folder, self._run_name, new=self._resume is None)
+            self.tracker, self.manager = _open(self._folder, self._run_name, new=self._resume is False)
         model = self.model
         self._epoch = 0
         self._trained = 0  # batches of this epoch
@@ -129,7 +134,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         self._place["random"] = random_states()
         checkpoint = restored["_checkpoint_metadata"]["checkpoint_id"]
         if self.tracker is not None:
-            _rewind(self.tracker, checkpoint)
+            go_back(self.tracker, checkpoint)
         model._initial_epoch = (self.params or {}).get("epochs") if place["stopped"] else place["epoch"]
         log.info("going on from checkpoint %s, with epoch %d, batch %d", checkpoint, place["epoch"], place["batch"])
 
@@ -247,23 +252,15 @@ def _of(manager: EnhancedCheckpointManager | None) -> EnhancedCheckpointManager:
     return manager
 
 
-def _chosen(manager: EnhancedCheckpointManager | None, resume: str | None) -> dict[str, Any] | None:
+def _chosen(manager: EnhancedCheckpointManager | None, resume: str | bool) -> dict[str, Any] | None:
     """Return the arguments of ``restore`` that say which checkpoint; None where there is none to go on from."""
-    if resume is None:
+    if isinstance(resume, bool):
         return None
     try:
         uuid.UUID(resume)
     except ValueError:
         return {"checkpoint_type": resume} if _of(manager).list_checkpoints() else None
     return {"checkpoint_id": resume}
-
-
-def _rewind(tracker: ExperimentTracker, checkpoint_id: str) -> None:
-    """Put aside what was logged after a checkpoint of the tracker's run: it will be logged again."""
-    found = tracker.database.checkpoints.position(tracker.experiment_id, checkpoint_id)
-    if found is not None:
-        tracker.flush()
-        tracker.database.attempts.go_back(tracker.experiment_id, checkpoint_id, *found)
 
 
 def _config(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:

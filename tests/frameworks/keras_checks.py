@@ -333,7 +333,7 @@ def any_checkpoint_or_none_is_begun_with(_: EnhancedCheckpointManager, folder: P
         first = queries.search_checkpoints("epoch == 0")[0].id
     _model, history = fit(folder, 2, resume=first)
     assert history.epoch == [0, 1]
-    _model, history = fit(folder, 1, resume=None)
+    _model, history = fit(folder, 1, resume=False)
     assert history.epoch == [0]
     with Queries(f"sqlite:///{folder}/experiments.db") as queries:
         assert len(queries.search_experiments()) == 2
@@ -380,7 +380,7 @@ def what_cannot_be_gone_on_with_is_refused(_: EnhancedCheckpointManager, folder:
         unbuilt.compile("adam", "mse")
         with pytest.raises(ConfigurationError, match="not built yet"):
             fit(folder, 3, unbuilt)
-    for arguments in ({"every_n_batches": 0}, {"every_n_epochs": True}, {"tracker": object()}):
+    for arguments in ({"every_n_batches": 0}, {"every_n_epochs": True}, {"tracker": object()}, {"resume": None}):
         with pytest.raises(ConfigurationError):
             CheckpointCallback(folder, **arguments)
 

@@ -31,6 +31,11 @@ class TensorflowAdapter(ObjectAdapter):
             if isinstance(node, tf.Variable):
                 found[path] = node
                 return
+            if _keeps_more(tf, node):
+                raise ValueError(
+                    f"{path} is a {type(node).__name__}, whose content is in no variable; save that by itself, "
+                    "such as a table's export(), and leave the object out"
+                )
             for name, child in tf.train.TrackableView.children(node).items():
                 walk(child, f"{path}.{name}" if path else name)
 
@@ -42,3 +47,10 @@ class TensorflowAdapter(ObjectAdapter):
             if state[name] is not variable:  # it was not filled where it is
                 variable.assign(state[name])
         return value
+
+
+def _keeps_more(tf: Any, node: object) -> bool:
+    """Whether TensorFlow's own checkpoints hold more of an object than its variables: of a table, or an iterator."""
+    plain = tf.Module
+    names = ("_serialize_to_tensors", "_gather_saveables_for_checkpoint")
+    return any(getattr(type(node), name, None) not in (None, getattr(plain, name, None)) for name in names)

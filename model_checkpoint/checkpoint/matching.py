@@ -12,7 +12,7 @@ from model_checkpoint.checkpoint.renaming import rename_key
 from model_checkpoint.checkpoint.selection import children, references
 from model_checkpoint.errors import Problem
 
-_VALUES = ("bytes", "numpy.scalar", "jax", "tensorflow")  # kinds of arrays that nobody can change, but a tf.Variable
+_VALUES = ("bytes", "numpy.scalar", "jax", "tensorflow")  # kinds of arrays that nobody can change
 
 
 class Filled(NamedTuple):
@@ -223,9 +223,7 @@ class Match:
             self._mismatch(path, f"{saved} was saved, there is a {type(target).__name__}")
         elif (found.dtype, list(found.shape)) != (tree["dtype"], list(tree["shape"])):
             self._mismatch(path, f"{saved} was saved, there is {found.dtype}{list(found.shape)}")
-        elif (found.kind in _VALUES and not hasattr(target, "assign")) or (
-            found.kind.startswith("memoryview") and found.data.readonly
-        ):
+        elif found.kind in _VALUES or (found.kind.startswith("memoryview") and found.data.readonly):
             for node in (tree, *references(tree)):
                 node["kind"] = found.kind  # of the library of the target, not of the one that wrote it
             device = target.sharding if getattr(target, "committed", False) else None  # type: ignore[attr-defined]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 from model_checkpoint.checkpoint.comparison import compare
@@ -25,6 +27,7 @@ from model_checkpoint.utils.checks import check_count, check_positive
 __all__ = ["ResumeDiffersError", "assert_resume_equivalent"]
 
 Train = Callable[[EnhancedCheckpointManager, int], object]
+Saved = dict[tuple[int, int, str], list[str]]  # step, epoch and type -> folders of checkpoints
 
 
 class ResumeDiffersError(AssertionError):
@@ -69,9 +72,13 @@ def assert_resume_equivalent(
         AssertionError: ``train_fn`` failed, took too long, saved nothing, or ended before it could be killed.
         ConfigurationError: an argument cannot be used.
     """
-    points = [kill_at] if isinstance(kill_at, int) else list(kill_at)
+    points = [*kill_at] if isinstance(kill_at, Iterable) else [kill_at]
     if not callable(train_fn) or not points:
         raise ConfigurationError("assert_resume_equivalent() needs a function and at least one step to kill it at")
+    try:
+        ForkingPickler.dumps(train_fn)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"train_fn must be a function at the top of a module: {error}") from error
     for point in (steps, *points):
         check_count(**{"steps and kill_at": point})
     check_positive(timeout=timeout)
@@ -86,7 +93,7 @@ def assert_resume_equivalent(
             _run(train_fn, steps, resumed, point, timeout)
             _run(train_fn, steps, resumed, None, timeout)
             _compare(expected, _checkpoints(resumed), point)
-            compared += len(expected)
+            compared += sum(map(len, expected.values()))
     return compared
 
 
@@ -123,7 +130,9 @@ def _train(train_fn: Train, steps: int, folder: Path, kill_at: int | None) -> No
             if kill_at is not None:
                 manager.register_hook("kill", _Killer(kill_at), [HookEvent.BEFORE_CHECKPOINT_SAVE])
             train_fn(manager, steps)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            return
         (folder / "error.txt").write_text(traceback.format_exc())
         raise
 
@@ -137,26 +146,31 @@ class _Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _checkpoints(folder: Path) -> dict[tuple[int, int], str]:
-    """Return (step, epoch) -> folder of the last checkpoint of these, in the order in which they were saved."""
+def _checkpoints(folder: Path) -> Saved:
+    """Return (step, epoch, type) -> folders of the checkpoints of these, in the order in which they were saved."""
     tracker = ExperimentTracker.resume(
         json.loads((folder / "experiment.json").read_text()), f"sqlite:///{folder}/experiments.db"
     )
     with tracker, EnhancedCheckpointManager(tracker, folder / "checkpoints", max_checkpoints=None) as manager:
-        return {(found["step"], found["epoch"]): found["path"] for found in manager.list_checkpoints()}
+        found: Saved = {}
+        for each in manager.list_checkpoints():
+            found.setdefault((each["step"], each["epoch"], each["checkpoint_type"]), []).append(each["path"])
+        return found
 
 
-def _compare(expected: dict[tuple[int, int], str], found: dict[tuple[int, int], str], kill_at: int) -> None:
+def _compare(expected: Saved, found: Saved, kill_at: int) -> None:
     told = f"killed at step {kill_at} and resumed, training"
-    for key, path in expected.items():
-        if key not in found:
+    for key, paths in expected.items():
+        again = found.get(key, [])[-len(paths) :]  # before them are those that the kill made training repeat
+        if len(again) < len(paths):
             text = f"{told} saved no checkpoint of step {key[0]} and epoch {key[1]}, as unbroken training did"
             raise ResumeDiffersError(text, kill_at)
-        before, after = (CheckpointReader(at, read_manifest(at)[0], True, 1) for at in (path, found[key]))
-        diff = compare(before, after)
-        # Random states alone do not count: nobody may have seeded them, nor drawn from them.
-        if not replace(diff, random=()).identical:
-            raise ResumeDiffersError(_told(told, key[0], diff), kill_at, key[0], diff)
+        for pair in zip(paths, again):
+            before, after = (CheckpointReader(path, read_manifest(path)[0], True, 1) for path in pair)
+            diff = compare(before, after)
+            # Random states alone do not count: nobody may have seeded them, nor drawn from them.
+            if not replace(diff, random=()).identical:
+                raise ResumeDiffersError(_told(told, key[0], diff), kill_at, key[0], diff)
     more = [key for key in found if key not in expected]
     if more:
         raise ResumeDiffersError(f"{told} saved checkpoints of steps that unbroken training did not: {more}", kill_at)

@@ -50,9 +50,9 @@ class Decoder:
 
     def _array(self, tree: dict[str, Any]) -> object:
         if "$array" in tree:
-            name: tuple[object, ...] = (tree["of"], tree["$array"])
+            name: tuple[object, ...] = _name(tree)
         else:
-            name = (tree["of"], tree["$view"], tree["offset"], *tree["shape"], *tree["strides"])
+            name = (tree["of"], tree["$view"], tree.get("as"), tree["offset"], *tree["shape"], *tree["strides"])
         told = (tree["dtype"], tree["shape"])
         if self._told.setdefault(name, told) != told:  # a view of it would be measured by the wrong one
             raise FormatError(f"state.json says of {name[1]!r} that it is {told} and {self._told[name]}")
@@ -62,19 +62,20 @@ class Decoder:
 
     def array(self, component: str, key: str, array: HostArray) -> object:
         """Return what the tree's references to this array have become; makes it where there is none."""
-        if (component, key) not in self._made:
-            self._made[component, key] = from_host(array._replace(kind=self._kind(array.kind)), self._device)
-        return self._made[component, key]
+        name = (component, key, None)
+        if name not in self._made:
+            self._made[name] = from_host(array._replace(kind=self._kind(array.kind)), self._device)
+        return self._made[name]
 
     def place(self, tree: dict[str, Any], stored: HostArray, device: object = None) -> None:
         """Make the array that the node ``tree`` refers to from what was ``stored``, before the tree is decoded."""
-        self._told[tree["of"], tree["$array"]] = (tree["dtype"], tree["shape"])
-        self._made[tree["of"], tree["$array"]] = self._make(tree, stored, device)
+        self._told[_name(tree)] = (tree["dtype"], tree["shape"])
+        self._made[_name(tree)] = self._make(tree, stored, device)
 
     def adopt(self, tree: dict[str, Any], array: object) -> None:
         """Let the node ``tree`` decode to ``array``, which holds the stored values already."""
-        self._told[tree["of"], tree["$array"]] = (tree["dtype"], tree["shape"])
-        self._made[tree["of"], tree["$array"]] = array
+        self._told[_name(tree)] = (tree["dtype"], tree["shape"])
+        self._made[_name(tree)] = array
 
     def _load(self, tree: dict[str, Any]) -> object:
         return self._make(tree, self._fetch(tree["of"], tree["$array"]))
@@ -129,6 +130,11 @@ class Decoder:
         if "metadata" in tree:
             made._metadata = self.node(tree["metadata"])  # type: ignore[attr-defined]
         return made
+
+
+def _name(tree: dict[str, Any]) -> tuple[object, ...]:
+    """Return what a node's array is kept by; ``as`` tells apart those of one stored array that become several."""
+    return tree["of"], tree["$array"], tree.get("as")
 
 
 def _are_counts(numbers: Iterable[object]) -> bool:

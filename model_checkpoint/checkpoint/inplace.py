@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from model_checkpoint.arrays import HostArray, adapter_for, fill, touched
 from model_checkpoint.checkpoint.decoding import Decoder
-from model_checkpoint.checkpoint.matching import Filled, Fresh, Match
+from model_checkpoint.checkpoint.matching import KEPT, Filled, Found, Fresh, Match, Misfit
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
-from model_checkpoint.checkpoint.renaming import Rules, rename
-from model_checkpoint.checkpoint.selection import children, key_text
+from model_checkpoint.checkpoint.renaming import Keys, Rules, name_of, rename
+from model_checkpoint.checkpoint.selection import children
 from model_checkpoint.errors import Problem, StateMismatchError
 from model_checkpoint.integrity.reading import FileReader
 from model_checkpoint.utils.kernel import fresh_memory
 from model_checkpoint.utils.parallel import run
 
 Key = tuple[str, str]  # component and name of a stored array
-_KEPT = object()  # stands in a decoded state where what is there stays
+_STAYS = object()  # what KEPT decodes to
+
+
+class Restored(NamedTuple):
+    """What became of the objects.
+
+    Attributes:
+        objects: component -> the object that was given, or what was made in its place.
+        problems: what did not fit, and was left as it is.
+        renamed: old -> new name of arrays.
+    """
+
+    objects: dict[str, object]
+    problems: list[Problem]
+    renamed: dict[str, str]
 
 
 def put_into(
@@ -30,7 +44,7 @@ def put_into(
     in_place: bool,
     lenient: bool = False,
     rules: Rules = (),
-) -> tuple[dict[str, object], list[Problem], dict[str, str]]:
+) -> Restored:
     """Fill objects with a checkpoint. All is compared, and every byte verified, before the first of them is changed.
 
     Args:
@@ -43,73 +57,117 @@ def put_into(
         lenient: whether to leave as it is what does not fit.
         rules: what to rename, see ``renaming``.
 
-    Returns:
-        Component -> the object, or what was made in its place; what does not fit; and what was renamed.
-
     Raises:
         StateMismatchError: keys, shapes or dtypes differ, and it is not ``lenient``; nothing was changed.
         ConfigurationError: ``rules`` cannot be applied; nothing was changed.
         IntegrityError, MissingDependencyError, UnknownBackendError: as ``CheckpointReader.load``; nothing was changed.
     """
+    decoder = Decoder(not_stored)
     with reader.decoding():
         tree = reader.tree()
         tree.pop("rng", None)  # random states are no objects' affair
-    renamed = rename(tree, rules)
-    with reader.decoding():
-        decoder = Decoder(not_stored)
-        match = Match(decoder.node, in_place)
-        for name, target in targets.items():
-            if name in tree:
-                match.compare_part(tree[name], target, name)
-            else:
-                match.problems.append(Problem("missing", name, f"{name}: nothing of it was saved"))
-        match.find_shared()
-    if match.problems and not lenient:
-        raise StateMismatchError(match.problems)
-    kept = match.kept()
-    tree = {name: _without(tree[name], name, kept, decoder) for name in targets if name in tree}
-    match.drop(kept)
+        renamed = rename(tree, rules, targets, decoder.node)
+        match = _compared(tree, targets, decoder, in_place)
+    if match.misfits and not lenient:
+        raise StateMismatchError([misfit.problem for misfit in match.misfits])
     with reader.decoding():
         reader.verify_all()
-        _fill(reader, [], match.opaque(), decoder, threads)
-    refused = _refused(match, decoder)
-    if refused:
-        raise StateMismatchError([*match.problems, *refused])
+        opaque = [found for found in match.objects.values() if found.adapter.opaque]
+        paths = {found.path for found in opaque}
+        _fill(reader, [], [fresh for fresh in match.fresh if fresh.path in paths], decoder, threads)
+        match.misfits += _refused(opaque, [misfit.at for misfit in match.misfits], decoder)
+    if match.misfits and not lenient:
+        raise StateMismatchError([misfit.problem for misfit in match.misfits])
+    stays = _staying(match)
+    decoder.adopt(KEPT, _STAYS)
     with reader.decoding():
-        _fill(reader, match.filled, match.fresh, decoder, threads)
+        tree = {name: _leave(tree.get(name, KEPT), (name,), stays, decoder.node) for name in targets}
+        filled = [each for each in match.filled if not _lies_in(each.path, stays)]
+        _fill(reader, filled, [each for each in match.fresh if not _lies_in(each.path, stays)], decoder, threads)
         made = {name: decoder.node(node) for name, node in tree.items()}
-    putting = _Putting(match, lenient)
-    return (
-        {name: putting.put(target, made.get(name, _KEPT)) for name, target in targets.items()},
-        match.problems,
-        {**renamed, **match.renamed},
-    )
+    putting = _Putting(match.objects, filled)
+    objects = {name: putting.put(target, made[name]) for name, target in targets.items()}
+    return Restored(objects, [misfit.problem for misfit in match.misfits], {**renamed, **match.renamed})
 
 
-def _refused(match: Match, decoder: Decoder) -> list[Problem]:
+def _compared(tree: dict[str, Any], targets: Mapping[str, object], decoder: Decoder, in_place: bool) -> Match:
+    match = Match(decoder.node, in_place)
+    for name, target in targets.items():
+        if name in tree:
+            match.compare_part(tree[name], target, name)
+        else:
+            match.miss((name,), (name,), "nothing of it was saved")
+    match.find_shared()
+    return match
+
+
+def _refused(opaque: Sequence[Found], misfits: Collection[Keys], decoder: Decoder) -> list[Misfit]:
     """Return what opaque objects say to the states that are for them."""
     refused = []
-    for found in match.objects.values():
-        if found.adapter.opaque:
+    for found in opaque:
+        if found.path not in misfits:
             reason = found.adapter.refusal(found.target, decoder.node(found.state))
-            refused += [] if reason is None else [Problem("mismatched", found.path, f"{found.path}: {reason}")]
+            name = name_of(found.path)
+            refused += [] if reason is None else [Misfit(found.path, Problem("mismatched", name, f"{name}: {reason}"))]
     return refused
+
+
+def _staying(match: Match) -> set[Keys]:
+    """Return what stays as it is because it does not fit, or belongs together with something that does not fit."""
+    together = [found.path for found in match.objects.values() if found.adapter.together(found.target)]
+    stays = set(match.again)
+    for misfit in match.misfits:
+        around = [path for path in together if misfit.at[: len(path)] == path]
+        if not around and misfit.at[0] in ("optimizer", "scheduler"):
+            around = [misfit.at[:1]]  # of plain arrays
+        stays.add(min(around, key=len, default=misfit.at))
+    return stays
+
+
+def _lies_in(path: Keys, places: Collection[Keys]) -> bool:
+    return any(path[:length] in places for length in range(1, len(path) + 1))
+
+
+def _leave(tree: Any, path: Keys, stays: Collection[Keys], decode: Callable[[Any], Any]) -> Any:
+    """Return ``tree`` with ``KEPT`` in the places of ``stays``, where nothing was saved, too."""
+    if path in stays:
+        return KEPT
+    pairs = children(tree)
+    if pairs is None or not any(place[: len(path)] == path for place in stays):
+        return tree
+    below = [(key, _leave(child, (*path, decode(key)), stays, decode)) for key, child in pairs]
+    known = {decode(key) for key, _ in pairs}
+    new = [place[-1] for place in stays if place[:-1] == path and place[-1] not in known]
+    if isinstance(tree, list):
+        return [child for _, child in below] + [KEPT] * len(new)
+    if "$tuple" in tree:
+        return {**tree, "$tuple": [child for _, child in below] + [KEPT] * len(new)}
+    tag = next((tag for tag in ("$dict", "$ordered") if tag in tree), None)
+    if tag is None and all(isinstance(key, str) and not key.startswith("$") for key in new):
+        return {**dict(below), **dict.fromkeys(new, KEPT)}
+    added = [[{"$tuple": list(key)} if isinstance(key, tuple) else key, KEPT] for key in new]
+    return {**(tree if tag else {}), tag or "$dict": [[key, child] for key, child in below] + added}
 
 
 def _fill(
     reader: CheckpointReader, to_fill: list[Filled], to_make: list[Fresh], decoder: Decoder, threads: int
 ) -> None:
-    wanted: dict[Key, list[Filled]] = {}
+    """Read the stored arrays that are wanted, each once, into all places that want it."""
+    filled: dict[Key, list[Filled]] = {}
+    fresh: dict[Key, dict[object, Fresh]] = {}
     nodes: dict[Key, dict[str, Any]] = {}
-    devices: dict[Key, object] = {}
-    for fresh in to_make:
-        key = (fresh.node["of"], fresh.node["$array"])
-        nodes[key], devices[key] = fresh.node, fresh.device
-    for filled in to_fill:
-        node = filled.node if "$array" in filled.node else filled.node["base"]
-        nodes[node["of"], node["$array"]] = node
-        if "$array" in filled.node:
-            wanted.setdefault((node["of"], node["$array"]), []).append(filled)
+    for each in to_make:
+        key = (each.node["of"], each.node["$array"])
+        nodes[key] = each.node
+        fresh.setdefault(key, {})[each.node.get("as")] = each
+    for target in to_fill:
+        node = target.node if "$array" in target.node else target.node["base"]
+        key = (node["of"], node["$array"])
+        nodes[key] = node
+        if "$array" in target.node:
+            filled.setdefault(key, []).append(target)
+        else:
+            fresh.setdefault(key, {}).setdefault(node.get("as"), Fresh(target.path, node))
     with ExitStack() as stack:
         if not reader.verified:
             for _ in reader.located(nodes, stack):
@@ -117,48 +175,43 @@ def _fill(
         for file, arrays in reader.located(nodes, stack):
             parallel: list[partial[None]] = []
             alone: list[partial[None]] = []  # on the caller's own stream of the device
-            for (component, name), node in nodes.items():
+            for component, name in nodes:
                 if name in arrays.get(component, {}):
-                    targets = wanted.get((component, name), [])
-                    own = all(filled.memory is not None for filled in targets)
-                    place = partial(decoder.place, device=devices.get((component, name)))
-                    put = partial(_put, file, arrays[component][name], node, targets, decoder.adopt, place)
-                    (parallel if own else alone).append(put)
+                    targets = filled.get((component, name), [])
+                    anew = list(fresh.get((component, name), {}).values())
+                    put = partial(_put, file, arrays[component][name], targets, anew, decoder)
+                    (parallel if all(each.memory is not None for each in targets) else alone).append(put)
             run(parallel, threads)
             for put in alone:
                 put()
-    for filled in to_fill:
-        if "$view" in filled.node:  # arrays that overlapped were stored as one
-            view = decoder.node(filled.node)
+    for target in to_fill:
+        if "$view" in target.node:  # arrays that overlapped were stored as one
+            view = decoder.node(target.node)
             adapter = adapter_for(type(view))
             host = None if adapter is None else adapter.to_host(view)
-            fill(filled.target, host or not_stored(filled.node["of"], filled.node["$view"]))
+            fill(target.target, host or not_stored(target.node["of"], target.node["$view"]))
 
 
 def _put(
-    file: FileReader | None,
-    stored: HostArray,
-    node: dict[str, Any],
-    targets: list[Filled],
-    adopt: Callable[[dict[str, Any], object], None],
-    place: Callable[[dict[str, Any], HostArray], None],
+    file: FileReader | None, stored: HostArray, targets: list[Filled], anew: list[Fresh], decoder: Decoder
 ) -> None:
-    """Bring one stored array to its targets, or where it has none into memory of its own."""
+    """Bring one stored array to its targets, and into memory of its own for those that are made anew."""
     begin, end = (0, stored.data.nbytes) if file is None else span(file, stored)
     copy: HostArray | None = stored if file is None else None
     for filled in targets:
+        node = filled.node
         if file is not None and filled.memory is not None and filled.memory.nbytes == end - begin:
             touched(filled.target)  # first: a read that fails may have changed a part
             file.read_into(begin, filled.memory)
-            continue
-        if copy is None and file is not None:
-            copy = stored._replace(data=_read(file, begin, end))
-        dtype, shape = node["dtype"], tuple(node["shape"])
-        fill(filled.target, (copy or stored)._replace(dtype=dtype, shape=shape, kind=node["kind"]))
-    if targets:
-        adopt(node, targets[-1].target)
-    else:
-        place(node, stored if file is None else stored._replace(data=_read(file, begin, end)))
+        else:
+            if copy is None and file is not None:
+                copy = stored._replace(data=_read(file, begin, end))
+            dtype, shape = node["dtype"], tuple(node["shape"])
+            fill(filled.target, (copy or stored)._replace(dtype=dtype, shape=shape, kind=node["kind"]))
+        decoder.adopt(node, filled.target)
+    for fresh in anew:
+        own = stored if file is None else stored._replace(data=_read(file, begin, end))
+        decoder.place(fresh.node, own, fresh.device)
 
 
 def _read(file: FileReader, begin: int, end: int) -> memoryview:
@@ -167,43 +220,24 @@ def _read(file: FileReader, begin: int, end: int) -> memoryview:
     return memory
 
 
-def _without(tree: Any, path: str, kept: set[str], decoder: Decoder) -> Any:
-    """Return ``tree`` with what decodes to ``_KEPT`` in some places."""
-    if path in kept:
-        marker = {"$array": path, "of": "", "dtype": "", "shape": []}
-        decoder.adopt(marker, _KEPT)
-        return marker
-    pairs = children(tree)
-    if not kept or pairs is None:
-        return tree
-    below = [(key, _without(child, f"{path}.{key_text(key)}", kept, decoder)) for key, child in pairs]
-    if isinstance(tree, list):
-        return [child for _, child in below]
-    tag = next((tag for tag in ("$tuple", "$dict", "$ordered") if tag in tree), None)
-    if tag is None:
-        return dict(below)
-    return {**tree, tag: [child for _, child in below] if tag == "$tuple" else [[key, child] for key, child in below]}
-
-
 class _Putting:
     """Gives objects what was loaded, from the outside in.
 
     Args:
-        match: how it fits, after its arrays were filled.
-        lenient: whether what was not saved stays as it is in objects.
+        objects: how each is taken apart, by its id.
+        filled: the arrays that have their values already.
     """
 
-    def __init__(self, match: Match, lenient: bool) -> None:
-        self._objects = match.objects
-        self._filled = {id(filled.target) for filled in match.filled}
-        self._lenient = lenient
+    def __init__(self, objects: Mapping[int, Found], filled: Sequence[Filled]) -> None:
+        self._objects = objects
+        self._filled = {id(each.target) for each in filled}
 
     def put(self, there: Any, made: Any) -> Any:
         """Return ``there`` with the values of ``made``, or where it cannot be changed what takes its place.
 
         In ``made`` there may be others in the place of arrays that were filled: one for several that were saved as one.
         """
-        if made is _KEPT or id(there) in self._filled:
+        if made is _STAYS or id(there) in self._filled:
             return there
         found = self._objects.get(id(there))
         if found is not None:
@@ -212,7 +246,7 @@ class _Putting:
             for key, value in made.items():
                 if key in there:
                     there[key] = self.put(there[key], value)
-                elif value is not _KEPT:
+                elif value is not _STAYS:
                     there[key] = value
             return there
         if isinstance(there, MutableSequence) and isinstance(made, list):
@@ -227,24 +261,31 @@ class _Putting:
         if isinstance(there, Mapping) and isinstance(made, MutableMapping):
             for key, value in list(made.items()):
                 made[key] = self._inner(there[key], value) if key in there else value
-                if made[key] is _KEPT:
+                if made[key] is _STAYS:
                     del made[key]
-            for key in there if self._lenient else ():
-                made.setdefault(key, there[key])
         elif isinstance(there, (list, tuple)) and isinstance(made, list):
             return _joined(there, made, self._inner)
         elif isinstance(there, (list, tuple)) and isinstance(made, tuple):
             return _like(there, _joined(there, made, self._inner))
+        elif type(there).__name__ == "PRNGKeyArray" and getattr(there, "committed", False):
+            return _beside(there, made)
         return made
 
     def _inner(self, there: Any, made: Any) -> Any:
-        known = made is _KEPT or id(there) in self._filled or id(there) in self._objects
+        known = made is _STAYS or id(there) in self._filled or id(there) in self._objects
         return self.put(there, made) if known else self._state(there, made)
+
+
+def _beside(there: Any, made: Any) -> Any:
+    """Return a key of JAX on the devices of another one."""
+    import jax  # its own key is here, so it is loaded
+
+    return jax.device_put(made, there.sharding)
 
 
 def _joined(there: Sequence[Any], made: Sequence[Any], join: Callable[[Any, Any], Any]) -> list[Any]:
     joined = [join(old, value) for old, value in zip(there, made)]
-    return joined + [value for value in made[len(there) :] if value is not _KEPT]
+    return joined + [value for value in made[len(there) :] if value is not _STAYS]
 
 
 def _like(there: Any, items: list[Any]) -> Any:

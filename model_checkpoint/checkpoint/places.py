@@ -114,3 +114,18 @@ def overlaps_itself(layout: Layout) -> bool:
                 return True
             reach += (length - 1) * step
     return False
+
+
+def own_memory(array: HostArray) -> memoryview | None:
+    """Return the memory of the array itself; None where ``data`` is a copy, or cannot be written."""
+    layout = array.identity
+    if array.data.readonly or not array.data.nbytes:
+        return None
+    if not isinstance(layout, Layout):
+        return array.data if array.kind.partition(":")[0] in ("bytearray", "array") else None
+    step = 1
+    for length, stride in reversed(list(zip(layout.shape, layout.strides))):
+        if length > 1 and stride != step:
+            return None
+        step *= length
+    return array.data if layout.device == "cpu" else None

@@ -58,7 +58,7 @@ class CheckpointRestoring(CheckpointLoading):
             checkpoint_id, experiment_id, checkpoint_type: which checkpoint, as for ``load_checkpoint``.
             strict: what happens when something does not fit. ``error`` raises and changes nothing; ``warn`` logs it and
                 ``skip`` does not, and both restore the rest. An optimizer, or what else is no module, of which a part
-                does not fit stays as it is.
+                does not fit stays as it is. What optimizers and schedulers make of a state of another class is theirs.
             rename: names in the checkpoint -> names in the objects, where they differ, such as ``{"model.encoder.*":
                 "model.backbone.*"}``; each ``*`` stands for any text. Keys may be compiled regular expressions, which
                 are replaced as by ``re.sub``. Names are those of ``keys`` in ``load_checkpoint``; they may lead from
@@ -96,17 +96,17 @@ class CheckpointRestoring(CheckpointLoading):
             return put_into(reader, targets, self._threads, in_place=False, lenient=strict != "error", rules=rules)
 
         which = (checkpoint_id, experiment_id, checkpoint_type)
-        record, (made, problems, renamed), told = self._put(which, read, verify_integrity, on_corruption == "fallback")
+        record, restored, told = self._put(which, read, verify_integrity, on_corruption == "fallback")
         for put_back in random:  # last: objects may draw numbers when they are given their state
             put_back()
-        if problems and strict == "warn":
-            log.warning("%s was restored in part: %s", record.id, _listed(problems))
+        if restored.problems and strict == "warn":
+            log.warning("%s was restored in part: %s", record.id, _listed(restored.problems))
         return {
-            **{name: made.get(name) for name in ("model", "optimizer", "scheduler")},
-            "extra_state": made.get("extra"),
+            **{name: restored.objects.get(name) for name in ("model", "optimizer", "scheduler")},
+            "extra_state": restored.objects.get("extra"),
             **told,
             "best": self._best_until(record),
-            "report": _report(problems, renamed),
+            "report": _report(restored.problems, restored.renamed),
         }
 
     def load_into(
@@ -121,7 +121,7 @@ class CheckpointRestoring(CheckpointLoading):
     ) -> dict[str, Any]:
         """Load a checkpoint into memory that exists: ``restore`` for arrays that can be changed, and nothing besides.
 
-        No random state is touched, and what could only be made anew is refused: arrays stay the objects that they are.
+        No random state is touched, and what could only be made anew is refused, but where it lies in a dict or list.
 
         Args:
             model, optimizer, scheduler: what to fill, as for ``restore``; None leaves it out.

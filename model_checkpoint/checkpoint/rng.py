@@ -19,7 +19,9 @@ Setter = Callable[[], object]
 
 
 def setters(saved: Any) -> list[Setter]:
-    """Return calls that put back what was saved, of Python and of the libraries that are imported; they cannot fail.
+    """Return calls that put back what was saved, of Python and of the libraries that are imported.
+
+    Whatever can be wrong with it is found here, before the first of them is called.
 
     Args:
         saved: as ``state.random_states`` returned it; None where nothing was saved.
@@ -54,13 +56,14 @@ def _numpy(saved: Any) -> list[Setter]:
             f"NumPy's global generator is {own}, and was {saved['bit_generator']} when the checkpoint was saved; "
             "call numpy.random.set_bit_generator() as then, or pass restore_rng=False"
         )
-    state = {
-        **saved,
-        "state": {
-            key: np.array(value, dtype=_WORDS.get(own, "uint64")) if isinstance(value, list) else value
-            for key, value in saved["state"].items()
-        },
-    }
+    if not hasattr(np.random, own):
+        raise ConfigurationError(f"NumPy's global generator is a {own} of your own; pass restore_rng=False")
+    dtype = _WORDS.get(own, "uint64")
+
+    def arrays(parts: dict[str, Any]) -> dict[str, Any]:
+        return {name: np.array(part, dtype=dtype) if isinstance(part, list) else part for name, part in parts.items()}
+
+    state = arrays({**saved, "state": arrays(saved["state"])})
     np.random.RandomState(getattr(np.random, own)()).set_state(state)
     return [partial(np.random.set_state, state)]
 
@@ -69,7 +72,7 @@ def _torch(saved: Any) -> list[Setter]:
     import torch
 
     def tensor(text: str) -> torch.Tensor:
-        return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+        return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8, device="cpu")
 
     torch.Generator().set_state(tensor(saved["cpu"]))
     found: list[Setter] = [partial(torch.set_rng_state, tensor(saved["cpu"]))]

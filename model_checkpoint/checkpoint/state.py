@@ -227,9 +227,10 @@ def random_states() -> dict[str, Any]:
     numpy: Any = sys.modules.get("numpy.random")
     if hasattr(numpy, "get_state"):  # another thread may be importing it
         noted["numpy"] = numpy.get_state(legacy=False)
-        for name, part in noted["numpy"]["state"].items():
-            if hasattr(part, "tolist"):
-                noted["numpy"]["state"][name] = part.tolist()
+        for parts in (noted["numpy"], noted["numpy"]["state"]):
+            for name, part in parts.items():
+                if hasattr(part, "tolist"):
+                    parts[name] = part.tolist()
     torch: Any = sys.modules.get("torch")
     if hasattr(torch, "get_rng_state"):
         noted["torch"] = {"cpu": bytes(torch.get_rng_state().tolist()).hex(), "cuda": []}

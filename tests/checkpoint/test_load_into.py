@@ -336,7 +336,7 @@ def test_values_in_a_tuple_that_differ_are_refused_and_those_that_do_not_are_fin
     saved = store.save((array("d", [1.0]), {"lr": 0.1}, 5, (array("d", [2.0]), "name")))
     first, last = array("d", [0.0]), array("d", [0.0])
     for other in [(first, {"lr": 0.2}, 6, (last, "name")), (first, {"lr": 0.2}, 5, (last, "eman"))]:
-        with pytest.raises(StateMismatchError, match="is in a tuple, which cannot be changed; use a list"):
+        with pytest.raises(StateMismatchError, match="lies in what cannot be changed, such as a tuple; use a list"):
             store.manager.load_into(other, checkpoint_id=saved)
     assert (first[0], last[0]) == (0.0, 0.0)
     target = (first, {"lr": 0.2}, 5, (last, "name"))
@@ -347,7 +347,9 @@ def test_values_in_a_tuple_that_differ_are_refused_and_those_that_do_not_are_fin
 def test_what_cannot_be_changed_and_is_in_a_tuple_is_refused(store: Store) -> None:
     saved = store.save((b"new", array("d", [1.0])))
     target = (b"old", array("d", [0.0]))
-    with pytest.raises(StateMismatchError, match="cannot be changed, and is in a tuple"):
+    with pytest.raises(
+        StateMismatchError, match="cannot be changed, and lies in what cannot be changed, such as a tuple"
+    ):
         store.manager.load_into(target, checkpoint_id=saved)
     assert target[1][0] == 0.0
     inside = {"pair": target}

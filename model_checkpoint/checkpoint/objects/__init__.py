@@ -14,6 +14,7 @@ class ObjectAdapter(ABC):
     """The verbs, the same for the objects of every library; each adapter is one module of this folder."""
 
     opaque = False  # whether a state is one block, which only the object can judge: it is not compared key by key
+    replaces = False  # whether put_back makes a new object in the place of one, which can never change
 
     def class_of(self, value: object) -> str | None:
         """Return what stands as ``class`` in an opaque state: an object of another class cannot take it."""
@@ -26,6 +27,14 @@ class ObjectAdapter(ABC):
     def complete(self, value: object) -> bool:
         """Whether its keys are always the same, as a module's are; an optimizer's come and go."""
         return True
+
+    def together(self, value: object) -> bool:
+        """Whether its parts belong together, as an optimizer's: all of it is restored, or nothing."""
+        return not self.complete(value)
+
+    def grows(self, value: object) -> bool:
+        """Whether it takes arrays of whatever shape, or none, where it has others, as an early stopping's best does."""
+        return False
 
     def setter(self, value: object) -> str | None:
         """Return the name of the method of ``value`` that ``put_back`` calls; None where it calls none."""

@@ -16,6 +16,10 @@ class FlaxAdapter(ObjectAdapter):
 
         return isinstance(value, getattr(nnx, "Pytree", nnx.Object)) and not isinstance(value, nnx.State)
 
+    def together(self, value: object) -> bool:
+        nnx = require("flax.nnx", "flax", "loading an object of Flax")
+        return isinstance(value, nnx.Optimizer)
+
     def state_of(self, value: object) -> object:
         nnx = require("flax.nnx", "flax", "saving an object of Flax")
         return _pure(nnx, nnx.state(value))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from model_checkpoint.checkpoint.objects import ObjectAdapter
+
+
+def _refusal(try_it: Callable[[], object]) -> str | None:
+    try:
+        try_it()
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return f"what was saved is no state of it: {error!r}"
+    return None
 
 
 class RandomAdapter(ObjectAdapter):
@@ -23,6 +33,9 @@ class RandomAdapter(ObjectAdapter):
     def state_of(self, value: Any) -> object:
         version, words, gauss = value.getstate()
         return {"class": self.class_of(value), "version": version, "words": array("I", words), "gauss": gauss}
+
+    def refusal(self, value: object, state: Any) -> str | None:
+        return _refusal(lambda: self.put_back(random.Random(), state))
 
     def put_back(self, value: Any, state: Any) -> object:
         value.setstate((state["version"], tuple(state["words"]), state["gauss"]))
@@ -51,6 +64,9 @@ class NumpyAdapter(ObjectAdapter):
         if isinstance(value, np.random.RandomState):
             return value.get_state(legacy=False)
         return getattr(value, "bit_generator", value).state
+
+    def refusal(self, value: Any, state: Any) -> str | None:
+        return _refusal(lambda: self.put_back(copy.deepcopy(value), state))
 
     def put_back(self, value: Any, state: Any) -> object:
         import numpy as np

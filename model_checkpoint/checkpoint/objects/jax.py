@@ -13,6 +13,8 @@ from model_checkpoint.checkpoint.objects import ObjectAdapter
 class PytreeAdapter(ObjectAdapter):
     """Objects whose class is registered with ``jax.tree_util``; their children are looked at one level at a time."""
 
+    replaces = True
+
     def owns(self, value: object) -> bool:
         import jax  # somebody has imported it
 

@@ -28,6 +28,9 @@ class KerasAdapter(ObjectAdapter):
         kinds = (keras.Layer, keras.optimizers.Optimizer, keras.metrics.Metric, keras.random.SeedGenerator)
         return isinstance(value, kinds)
 
+    def together(self, value: object) -> bool:
+        return not isinstance(value, require("keras", "keras", "loading an object of Keras").Layer)
+
     def state_of(self, value: Any) -> object:
         keras = require("keras", "keras", "saving an object of Keras")
         if not getattr(value, "built", True) and isinstance(value, (keras.Layer, keras.optimizers.Optimizer)):

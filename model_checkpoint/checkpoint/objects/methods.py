@@ -11,10 +11,13 @@ class StateDictAdapter(ObjectAdapter):
     """Objects with ``state_dict()`` and ``load_state_dict()``."""
 
     def owns(self, value: object) -> bool:
-        return callable(getattr(value, "state_dict", None))
+        return _has(value, "state_dict")
 
     def complete(self, value: object) -> bool:
         return False
+
+    def grows(self, value: object) -> bool:
+        return True
 
     def setter(self, value: object) -> str | None:
         return "load_state_dict"
@@ -36,7 +39,7 @@ class GetStateAdapter(ObjectAdapter):
     opaque = True
 
     def owns(self, value: object) -> bool:
-        return callable(getattr(value, "get_state", None)) and callable(getattr(value, "set_state", None))
+        return _has(value, "get_state") and _has(value, "set_state")
 
     def complete(self, value: object) -> bool:
         return False
@@ -53,3 +56,10 @@ class GetStateAdapter(ObjectAdapter):
     def put_back(self, value: Any, state: object) -> object:
         value.set_state(state)
         return value
+
+
+def _has(value: object, method: str) -> bool:
+    try:
+        return callable(getattr(value, method, None))
+    except Exception:  # noqa: BLE001 - a dict whose items are attributes raises KeyError, a property whatever it likes
+        return False

@@ -23,24 +23,34 @@ class TorchAdapter(StateDictAdapter):
 
         return isinstance(value, torch.nn.Module)
 
+    def grows(self, value: object) -> bool:
+        import torch
+
+        return not isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
+
     def setter(self, value: object) -> str | None:
         return super().setter(value) if super().owns(value) else "set_state"
 
     def known_as(self, key: str) -> str:
-        return key.replace(_COMPILED, "").removeprefix(_WRAPPED)
+        return _without_compiled(key).removeprefix(_WRAPPED)
 
     def state_of(self, value: Any) -> object:
         if not super().owns(value):
             return GetStateAdapter().state_of(value)
         state: Any = super().state_of(unwrapped(value))
-        return state if not any(_is_compiled(key) for key in state) else _renamed(state, self.known_as)
+        if not any(_is_compiled(key) for key in state):
+            return state
+        made = _renamed(state, _without_compiled)
+        if len(made) != len(state):
+            raise ValueError(f"two of its keys are one without {_COMPILED!r}; save its state_dict() under other names")
+        return made
 
     def put_back(self, value: Any, state: Any) -> object:
         if not super().owns(value):
             return GetStateAdapter().put_back(value, state)
         inner = unwrapped(value)
         if self.complete(inner):
-            names = {self.known_as(key): key for key in inner.state_dict() if _is_compiled(key)}
+            names = {_without_compiled(key): key for key in inner.state_dict() if _is_compiled(key)}
             state = _renamed(state, lambda key: names.get(key, key)) if names else state
         super().put_back(inner, state)
         return value
@@ -51,6 +61,10 @@ def unwrapped(value: Any) -> Any:
     while type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ in _WRAPPERS:
         value = getattr(value, _WRAPPERS[type(value).__name__])
     return value
+
+
+def _without_compiled(key: str) -> str:
+    return key.replace(_COMPILED, "")
 
 
 def _is_compiled(key: object) -> bool:

@@ -229,7 +229,7 @@ class Match:
                 self._compare(child, there.pop(key), inner)
             elif at.grows or (isinstance(state, list) and not at.strict and not groups):
                 self._anew(child, inner)  # lists of any length
-            elif has_arrays(child) or at.fixed or (at.strict and not at.bare):
+            elif has_arrays(child) or at.fixed or (at.strict and not at.bare) or hasattr(state, "_fields"):
                 name = name_of(inner.path)
                 problem = Problem("unexpected", name, f"{name}: was saved, there is no place for it")
                 self.misfits.append(Misfit(inner.path, problem))

@@ -237,7 +237,7 @@ def _keys_of(name: str, old: Keys) -> Keys:
 
 def _place(tree: Any, keys: Keys, taken: Taken, decode: Any) -> bool:
     """Put a leaf into a tree; returns whether there was room for it."""
-    node, key, metadata = taken
+    metadata = taken.metadata
     for i, key in enumerate(keys[:-1]):
         pairs = {decode(known): child for known, child in children(tree) or ()}
         if key not in pairs:
@@ -253,12 +253,15 @@ def _place(tree: Any, keys: Keys, taken: Taken, decode: Any) -> bool:
     if keys[-1] in {decode(known) for known, _ in children(tree) or ()}:
         return False
     if metadata is not None and isinstance(tree, dict) and "metadata" in tree:
-        own, of_old = _pairs(tree["metadata"]) or [], dict(_pairs(metadata) or [])
-        for old, new in ((key, keys[-1]), ("", "")):  # torch notes versions by the module's name, of the whole by ""
+        own, of_old = tree["metadata"]["$ordered"], dict(metadata["$ordered"])
+        for old, new in (
+            (taken.key, keys[-1]),
+            ("", ""),
+        ):  # torch notes versions by the module's name, of the whole by ""
             old, new = str(old).rpartition(".")[0], str(new).rpartition(".")[0]
             if old in of_old and new not in dict(own):
                 own.append([new, of_old[old]])
-    return _insert(tree, keys[-1], node)
+    return _insert(tree, keys[-1], taken.node)
 
 
 def _insert(tree: Any, key: Any, node: Any) -> bool:

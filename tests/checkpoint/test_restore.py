@@ -426,3 +426,242 @@ def test_an_object_whose_state_cannot_be_stored_is_named(store: Store) -> None:
 
     with pytest.raises(UnsupportedValueError, match=r"extra\.it: cannot store a .*Itself; its get_state\(\) returns"):
         store.save({}, extra_state={"it": Itself()})
+
+
+# What a reviewer found
+
+
+class Keeps:
+    """An object whose state is of another form after some time, as an early stopping's."""
+
+    def __init__(self) -> None:
+        self.best: Any = None
+        self.history: Any = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "history": self.history}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.best, self.history = state["best"], state["history"]
+
+
+class Reordered(NamedTuple):
+    mean: Any
+    count: Any
+
+
+class Wider(NamedTuple):
+    count: Any
+    mean: Any
+    extra: Any
+
+
+def test_objects_take_arrays_of_any_shape_and_none_where_they_judge_themselves(store: Store) -> None:
+    saved = Keeps()
+    saved.best, saved.history = floats(1), [floats(1), floats(2, 3)]
+    store.save({}, extra_state=saved)
+    for target in (Keeps(), copy.deepcopy(saved)):
+        store.manager.restore(extra_state=target)
+        assert (target.best, target.history) == (floats(1), [floats(1), floats(2, 3)])
+
+
+def test_fields_of_named_tuples_are_joined_by_their_names(store: Store) -> None:
+    store.save({"s": Moments(1, floats(2))})
+    target: Any = {"s": Reordered(floats(0), 0)}
+    store.manager.restore(target)
+    assert target == {"s": Reordered(floats(2), 1)}
+    wider: Any = {"s": Wider(0, floats(0), 7)}
+    report = store.manager.restore(wider, strict="skip")["report"]
+    assert (wider, report["missing"]) == ({"s": Wider(1, floats(2), 7)}, ["model.s.extra"])
+    store.save(wider)
+    narrow: Any = {"s": Moments(0, floats(0))}
+    report = store.manager.restore(narrow, strict="skip")["report"]
+    assert (narrow, report["unexpected"]) == ({"s": Moments(1, floats(2))}, ["model.s.extra"])
+
+
+def test_a_list_that_is_longer_than_what_was_saved_keeps_its_rest(store: Store) -> None:
+    store.save([floats(1)])
+    target = [floats(0), floats(5)]
+    assert store.manager.restore(target, strict="skip")["report"]["missing"] == ["model.1"]
+    assert target == [floats(1), floats(5)]
+
+
+@pytest.mark.parametrize("key", [("a", 1), 2**70, float("inf"), (1, (2, "x"))])
+def test_keys_that_json_has_no_form_for_can_stay_out(store: Store, key: Any) -> None:
+    store.save({key: floats(1, 1), "b": floats(1)})
+    target = {key: floats(0), "b": floats(0)}
+    assert len(store.manager.restore(target, strict="skip")["report"]["mismatched"]) == 1
+    assert target == {key: floats(0), "b": floats(1)}
+
+
+def test_names_with_dots_are_not_taken_for_parts_of_one_another(store: Store) -> None:
+    store.save({"fc": floats(1, 1), "fc.bias": floats(2), "a.b": floats(1, 1), "a": {"b": floats(3)}})
+    target = {"fc": floats(0), "fc.bias": floats(0), "a.b": floats(0), "a": {"b": floats(0)}}
+    store.manager.restore(target, strict="skip")
+    assert target == {"fc": floats(0), "fc.bias": floats(2), "a.b": floats(0), "a": {"b": floats(3)}}
+
+
+def test_one_object_that_is_there_twice_and_was_saved_as_two_is_refused(store: Store) -> None:
+    store.save({"a": {"w": floats(1)}, "b": {"w": floats(2)}})
+    inner = {"w": floats(0)}
+    with pytest.raises(StateMismatchError, match=r"model\.b: is the very object that is model\.a"):
+        store.manager.restore({"a": inner, "b": inner})
+    shared = {"w": floats(1)}
+    store.save({"a": shared, "b": shared})
+    store.manager.restore({"a": inner, "b": inner})
+    assert inner == {"w": floats(1)}
+
+
+@needs_torch
+def test_a_value_or_nothing_where_an_object_with_a_state_is_is_refused(store: Store) -> None:
+    for saved, there in ((None, "a value"), ({}, "nothing"), (floats(1), "a value")):
+        store.save({"w": floats(1)}, extra_state={"it": saved})
+        target, it = {"w": floats(0)}, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        with pytest.raises(StateMismatchError, match=rf"extra\.it: {there} was saved, there is a SGD"):
+            store.manager.restore(target, extra_state={"it": it})
+        assert target == {"w": floats(0)}
+
+
+def test_a_state_that_an_object_cannot_take_changes_nothing(store: Store) -> None:
+    store.save({"w": floats(1)}, extra_state={"it": {"class": "Random"}})
+    target = {"w": floats(0)}
+    with pytest.raises(StateMismatchError, match=r"extra\.it: what was saved is no state of it"):
+        store.manager.restore(target, extra_state={"it": random.Random(1)})
+    assert target == {"w": floats(0)}
+    store.manager.restore(target, extra_state={"it": random.Random(1)}, strict="skip")
+    assert target == {"w": floats(1)}
+
+
+@needs_torch
+def test_an_optimizer_that_was_saved_before_its_first_step_is_restored_to_that(store: Store) -> None:
+    def stepped(optimizer: Any) -> Any:
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+        optimizer.step()
+        return optimizer
+
+    def new() -> Any:
+        return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+
+    store.save({}, new())
+    for strict in ("error", "skip"):
+        target = stepped(new())
+        assert store.manager.restore(optimizer=target, strict=strict)["report"] == NOTHING
+        assert not target.state_dict()["state"]
+
+
+@needs_torch
+def test_a_part_called_module_beside_a_compiled_one_keeps_its_name(store: Store) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.weight = torch.nn.Parameter(torch.rand(2))
+            self.module = torch.nn.Linear(2, 2)
+            self.part = torch.compile(torch.nn.Linear(1, 1))
+
+    saved, target = Net(1), Net(2)
+    names = list(store.load(store.save(saved))["model_state_dict"])
+    assert names == ["weight", "module.weight", "module.bias", "part.weight", "part.bias"]
+    store.manager.restore(target)
+    assert exact(target.state_dict()) == exact(saved.state_dict())
+
+
+@needs_torch
+def test_a_default_device_does_not_matter(store: Store) -> None:
+    model = torch.nn.Linear(1, 1)
+    store.save(model)
+    with torch.device("meta"):
+        store.manager.restore(model)
+    assert store.manager.list_checkpoints()[0]["status"] == "committed"
+
+
+@needs_numpy
+def test_every_global_generator_of_numpys_can_be_saved(store: Store) -> None:
+    before = np.random.get_bit_generator()
+    try:
+        for kind in (np.random.Philox, np.random.SFC64, np.random.PCG64DXSM):
+            np.random.set_bit_generator(kind(1))
+            np.random.normal()
+            saved = store.save({"w": floats(1)})
+            expected = np.random.normal(size=3).tolist()
+            store.manager.restore({"w": floats(0)}, checkpoint_id=saved)
+            assert np.random.normal(size=3).tolist() == expected
+    finally:
+        np.random.set_bit_generator(before)
+
+
+def test_a_dict_whose_items_are_attributes_is_a_dict(store: Store) -> None:
+    class Attributes(dict[str, Any]):
+        __getattr__ = dict.__getitem__
+
+    assert store.load(store.save(Attributes(w=floats(1))))["model_state_dict"] == {"w": floats(1)}
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("rename", "wrap", "unwrap"),
+    [
+        ({"model.encoder.*": "model.*"}, True, False),  # of a dict of modules, one
+        ({"model.*": "model.encoder.*"}, False, True),  # and back
+    ],
+)
+def test_renames_follow_the_target_however_it_is_nested(store: Store, rename: Any, wrap: bool, unwrap: bool) -> None:
+    def network(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+
+    saved, target = network(1), network(2)
+    store.save({"encoder": saved} if wrap else saved)
+    report = store.manager.restore({"encoder": target} if unwrap else target, rename=rename)["report"]
+    assert exact(target.state_dict()) == exact(saved.state_dict())
+    assert (report["missing"], report["unexpected"]) == ([], [])
+
+
+def test_renames_lead_into_lists_and_keys_that_are_numbers(store: Store) -> None:
+    store.save({"old": {0: {"w": floats(1)}, 1: {"w": floats(2)}}, "n": [1]})
+    target: Any = {"new": {0: {"w": floats(0)}, 1: {"w": floats(0)}}, "n": [0]}
+    store.manager.restore(target, rename={"model.old.*": "model.new.*"})
+    assert target == {"new": {0: {"w": floats(1)}, 1: {"w": floats(2)}}, "n": [1]}
+
+
+@needs_torch
+def test_a_renamed_module_keeps_the_version_of_its_layout(store: Store) -> None:
+    versions: list[Any] = []
+
+    class Versioned(torch.nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state: Any, prefix: Any, metadata: Any, *rest: Any) -> None:
+            versions.append(metadata.get("version"))
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    store.save(torch.nn.ModuleDict({"old": Versioned(1, 1)}))
+    store.manager.restore(torch.nn.ModuleDict({"new": Versioned(1, 1)}), rename={"model.old.*": "model.new.*"})
+    assert versions == [3]
+
+
+def test_load_into_refuses_what_it_could_only_make_anew(store: Store) -> None:
+    jax = pytest.importorskip("jax")
+    for saved, target in (
+        ((jax.numpy.ones(1),), (jax.numpy.zeros(1),)),
+        ((jax.random.key(1),), (jax.random.key(0),)),
+        (Moments(1, floats(1)), Moments(0, floats(0))),
+    ):
+        store.save(saved)
+        with pytest.raises(StateMismatchError, match="lies in what cannot be changed, such as a tuple"):
+            store.manager.load_into(target)
+        assert store.manager.restore(target)["report"] == NOTHING
+
+
+def test_arrays_that_were_one_come_back_as_what_each_target_is(store: Store) -> None:
+    jax = pytest.importorskip("jax")
+    numpy = pytest.importorskip("numpy")
+    one = jax.numpy.ones(2)
+    store.save({"a": one, "b": one, "c": one})
+    target = {"a": numpy.zeros(2, "float32"), "b": jax.numpy.zeros(2), "c": numpy.zeros(2, "float32")}
+    kept = target["a"], target["c"]
+    store.manager.restore(target)
+    assert target["a"] is kept[0]
+    assert target["c"] is kept[1]
+    assert isinstance(target["b"], jax.Array)
+    assert [value.tolist() for value in target.values()] == [[1.0, 1.0]] * 3

@@ -72,7 +72,7 @@ def put_into(
         raise StateMismatchError([misfit.problem for misfit in match.misfits])
     with reader.decoding():
         reader.verify_all()
-        opaque = [found for found in match.objects.values() if found.adapter.opaque]
+        opaque = [found for found in match.objects.values() if found.traits.opaque]
         paths = {found.path for found in opaque}
         _fill(reader, [], [fresh for fresh in match.fresh if fresh.path in paths], decoder, threads)
         match.misfits += _refused(opaque, [misfit.at for misfit in match.misfits], decoder)
@@ -114,7 +114,7 @@ def _refused(opaque: Sequence[Found], misfits: Collection[Keys], decoder: Decode
 
 def _staying(match: Match) -> set[Keys]:
     """Return what stays as it is because it does not fit, or belongs together with something that does not fit."""
-    together = [found.path for found in match.objects.values() if found.adapter.together(found.target)]
+    together = [found.path for found in match.objects.values() if found.traits.together]
     stays = set(match.again)
     for misfit in match.misfits:
         around = [path for path in together if misfit.at[: len(path)] == path]
@@ -241,7 +241,7 @@ class _Putting:
             return there
         found = self._objects.get(id(there))
         if found is not None:
-            return found.adapter.put_back(there, made if found.adapter.opaque else self._state(found.state, made))
+            return found.adapter.put_back(there, made if found.traits.opaque else self._state(found.state, made))
         if isinstance(there, MutableMapping) and isinstance(made, Mapping):
             for key, value in made.items():
                 if key in there:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Mutable
 from typing import Any, NamedTuple
 
 from model_checkpoint.arrays import HostArray, Layout, adapter_for
-from model_checkpoint.checkpoint.objects import ObjectAdapter, find
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits, find
 from model_checkpoint.checkpoint.places import Place, overlaps_itself, own_memory, place_of, shared
 from model_checkpoint.checkpoint.renaming import Keys, name_of, rename_key
-from model_checkpoint.checkpoint.selection import children, references
+from model_checkpoint.checkpoint.selection import children, has_arrays, references
 from model_checkpoint.errors import Problem
 
 _VALUES = ("bytes", "numpy.scalar", "jax", "tensorflow")  # kinds of arrays that nobody can change
@@ -52,13 +52,14 @@ class Found(NamedTuple):
 
     Attributes:
         target: the object.
-        adapter: of its library.
+        adapter, traits: of its library, and what that says of it.
         state: what its adapter says its state is; of an opaque one, the saved one's tree.
         path: the keys that lead to it.
     """
 
     target: object
     adapter: ObjectAdapter
+    traits: Traits
     state: object
     path: Keys
 
@@ -177,15 +178,15 @@ class Match:
         return True
 
     def _object(self, tree: Any, target: object, adapter: ObjectAdapter, at: _At) -> None:
-        setter = adapter.setter(target)
-        if setter is not None and not callable(getattr(target, setter, None)):
-            self._mismatch(at, f"{type(target).__name__} has state_dict() and no {setter}()")
+        traits = adapter.traits(target)
+        if traits.setter is not None and not callable(getattr(target, traits.setter, None)):
+            self._mismatch(at, f"{type(target).__name__} has state_dict() and no {traits.setter}()")
             return
-        if adapter.opaque:
-            self.objects[id(target)] = Found(target, adapter, tree, at.path)
-            own, saved = adapter.class_of(target), tree.get("class") if isinstance(tree, dict) else None
-            if own is not None and own != saved:
-                self._mismatch(at, f"{f'a {saved}' if saved else _kind_of(tree)} was saved, there is a {own}")
+        if traits.opaque:
+            self.objects[id(target)] = Found(target, adapter, traits, tree, at.path)
+            saved = tree.get("class") if isinstance(tree, dict) else None
+            if traits.kind not in (None, saved):
+                self._mismatch(at, f"{f'a {saved}' if saved else _kind_of(tree)} was saved, there is a {traits.kind}")
             self._anew(tree, at)
             return
         try:
@@ -193,16 +194,16 @@ class Match:
         except ValueError as error:
             self._mismatch(at, str(error))
             return
-        self.objects[id(target)] = Found(target, adapter, state, at.path)
+        self.objects[id(target)] = Found(target, adapter, traits, state, at.path)
         if isinstance(state, (Mapping, list, tuple)) and not _takes(state, tree):
             empty = "nothing" if children(tree) == [] else _kind_of(tree)
             self._mismatch(at, f"{empty} was saved, there is a {type(target).__name__}")
             return
         self._rename(tree, state, adapter, at)
         # Optimizers and schedulers have keys that come and go; load_state_dict() knows them.
-        strict = adapter.complete(target) or at.path == ("model",)
-        fixed = at.fixed and adapter.replaces
-        self._compare(tree, state, _At(at.path, fixed, strict, bare=False, grows=adapter.grows(target)))
+        strict = traits.complete or at.path == ("model",)
+        fixed = at.fixed and traits.replaces
+        self._compare(tree, state, _At(at.path, fixed, strict, bare=False, grows=traits.grows))
 
     def _rename(self, tree: Any, state: Any, adapter: ObjectAdapter, at: _At) -> None:
         """Give the keys of an object's tree the names that its state has, where they were saved within a wrapper."""
@@ -248,7 +249,7 @@ class Match:
         """Whether the object that is compared has the same keys at all times."""
         around = [found for found in self.objects.values() if found.path == at.path[: len(found.path)]]
         inmost = max(around, key=lambda found: len(found.path), default=None)
-        return inmost is None or inmost.adapter.complete(inmost.target)
+        return inmost is None or inmost.traits.complete
 
     def _value(self, tree: Any, state: Any, at: _At) -> None:
         is_array = described(state) is not None
@@ -382,11 +383,6 @@ def _looked_at(value: object) -> tuple[HostArray | None, str]:
         return None if adapter is None else adapter.describe(value), ""
     except ValueError as error:
         return None, f": {error}"  # an array that cannot be saved, so it was not
-
-
-def has_arrays(tree: Any) -> bool:
-    """Whether a tree refers to stored arrays."""
-    return next(references(tree), None) is not None
 
 
 def _arrays_in(state: Any, path: Keys) -> Iterator[Keys]:

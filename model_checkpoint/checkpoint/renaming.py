@@ -179,7 +179,7 @@ def _leaves(tree: Any, keys: Keys, decode: Any) -> Iterator[Keys]:
 def _leaves_of(target: Any, keys: Keys) -> Iterator[Keys]:
     """Yield the keys of all leaves of an object, or of nested dicts, lists and tuples of objects."""
     adapter = None if type(target) in (dict, list, tuple) else find(target)
-    if adapter is not None and not adapter.opaque:
+    if adapter is not None and not adapter.traits(target).opaque:
         try:
             target = adapter.state_of(target)
         except ValueError:

@@ -27,6 +27,11 @@ def references(tree: Any) -> Iterator[dict[str, Any]]:
                 yield from references(item)
 
 
+def has_arrays(tree: Any) -> bool:
+    """Whether a tree refers to stored arrays."""
+    return next(references(tree), None) is not None
+
+
 def check_keys(keys: object) -> tuple[str, ...] | None:
     """Return the patterns that a user gave as a tuple, None for None; raises ConfigurationError for anything else."""
     if keys is None:

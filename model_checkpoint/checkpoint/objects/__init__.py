@@ -8,37 +8,41 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from importlib import import_module
+from typing import NamedTuple
+
+
+class Traits(NamedTuple):
+    """What holds for an object and its state.
+
+    Attributes:
+        complete: its keys are always the same, as a module's are; an optimizer's come and go.
+        together: its parts belong together, as an optimizer's: all of it is restored, or nothing.
+        grows: it takes arrays of whatever shape, or none, where it has others, as an early stopping's best does.
+        replaces: it can never change: ``put_back`` makes a new one in its place.
+        opaque: its state is one block, which only the object can judge: it is not compared key by key.
+        kind: what stands as ``class`` in an opaque state: an object of another class cannot take it.
+        setter: the name of its method that ``put_back`` calls; None where that calls none.
+    """
+
+    complete: bool = True
+    together: bool = False
+    grows: bool = False
+    replaces: bool = False
+    opaque: bool = False
+    kind: str | None = None
+    setter: str | None = None
 
 
 class ObjectAdapter(ABC):
     """The verbs, the same for the objects of every library; each adapter is one module of this folder."""
 
-    opaque = False  # whether a state is one block, which only the object can judge: it is not compared key by key
-    replaces = False  # whether put_back makes a new object in the place of one, which can never change
-
-    def class_of(self, value: object) -> str | None:
-        """Return what stands as ``class`` in an opaque state: an object of another class cannot take it."""
-        return None
-
     @abstractmethod
     def owns(self, value: object) -> bool:
         """Whether ``value`` is an object that this adapter takes apart."""
 
-    def complete(self, value: object) -> bool:
-        """Whether its keys are always the same, as a module's are; an optimizer's come and go."""
-        return True
-
-    def together(self, value: object) -> bool:
-        """Whether its parts belong together, as an optimizer's: all of it is restored, or nothing."""
-        return not self.complete(value)
-
-    def grows(self, value: object) -> bool:
-        """Whether it takes arrays of whatever shape, or none, where it has others, as an early stopping's best does."""
-        return False
-
-    def setter(self, value: object) -> str | None:
-        """Return the name of the method of ``value`` that ``put_back`` calls; None where it calls none."""
-        return None
+    def traits(self, value: object) -> Traits:
+        """Return what holds for ``value``."""
+        return Traits()
 
     def known_as(self, key: str) -> str:
         """Return what a key is called without what wrappers of the object add to it."""

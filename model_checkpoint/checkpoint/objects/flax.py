@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 from model_checkpoint.utils.optional import require
 
 
@@ -16,9 +16,9 @@ class FlaxAdapter(ObjectAdapter):
 
         return isinstance(value, getattr(nnx, "Pytree", nnx.Object)) and not isinstance(value, nnx.State)
 
-    def together(self, value: object) -> bool:
+    def traits(self, value: object) -> Traits:
         nnx = require("flax.nnx", "flax", "loading an object of Flax")
-        return isinstance(value, nnx.Optimizer)
+        return Traits(together=isinstance(value, nnx.Optimizer))
 
     def state_of(self, value: object) -> object:
         nnx = require("flax.nnx", "flax", "saving an object of Flax")

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 
 
 def _refusal(try_it: Callable[[], object]) -> str | None:
@@ -22,17 +22,15 @@ def _refusal(try_it: Callable[[], object]) -> str | None:
 class RandomAdapter(ObjectAdapter):
     """``random.Random``."""
 
-    opaque = True
-
     def owns(self, value: object) -> bool:
         return isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
 
-    def class_of(self, value: object) -> str | None:
-        return "Random"
+    def traits(self, value: object) -> Traits:
+        return Traits(opaque=True, kind="Random")
 
     def state_of(self, value: Any) -> object:
         version, words, gauss = value.getstate()
-        return {"class": self.class_of(value), "version": version, "words": array("I", words), "gauss": gauss}
+        return {"class": "Random", "version": version, "words": array("I", words), "gauss": gauss}
 
     def refusal(self, value: object, state: Any) -> str | None:
         return _refusal(lambda: self.put_back(random.Random(), state))
@@ -45,18 +43,16 @@ class RandomAdapter(ObjectAdapter):
 class NumpyAdapter(ObjectAdapter):
     """``numpy.random.Generator``, ``RandomState`` and bit generators."""
 
-    opaque = True
-
     def owns(self, value: object) -> bool:
         import numpy as np  # its own object is here, so it is loaded
 
         return isinstance(value, (np.random.Generator, np.random.RandomState, np.random.BitGenerator))
 
-    def class_of(self, value: Any) -> str | None:
-        return str(self._state(value)["bit_generator"])
+    def traits(self, value: object) -> Traits:
+        return Traits(opaque=True, kind=self._state(value)["bit_generator"])
 
     def state_of(self, value: Any) -> object:
-        return {"class": self.class_of(value), "state": self._state(value)}
+        return {"class": self.traits(value).kind, "state": self._state(value)}
 
     def _state(self, value: Any) -> Any:
         import numpy as np

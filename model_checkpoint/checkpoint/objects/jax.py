@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 
 
 class PytreeAdapter(ObjectAdapter):
     """Objects whose class is registered with ``jax.tree_util``; their children are looked at one level at a time."""
-
-    replaces = True
 
     def owns(self, value: object) -> bool:
         import jax  # somebody has imported it
 
         plain = value is None or isinstance(value, (dict, list, tuple))
         return not plain and not jax.tree_util.all_leaves([value])
+
+    def traits(self, value: object) -> Traits:
+        return Traits(replaces=True)
 
     def state_of(self, value: object) -> object:
         return {_name(path[0]): child for path, child in _children(value)[0]}

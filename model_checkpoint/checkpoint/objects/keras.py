@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 from model_checkpoint.utils.optional import require
 
 _LAYER = "it is not built, so it has no variables yet; call it on data, or its build(), first"
@@ -28,8 +28,8 @@ class KerasAdapter(ObjectAdapter):
         kinds = (keras.Layer, keras.optimizers.Optimizer, keras.metrics.Metric, keras.random.SeedGenerator)
         return isinstance(value, kinds)
 
-    def together(self, value: object) -> bool:
-        return not isinstance(value, require("keras", "keras", "loading an object of Keras").Layer)
+    def traits(self, value: object) -> Traits:
+        return Traits(together=not isinstance(value, require("keras", "keras", "loading an object of Keras").Layer))
 
     def state_of(self, value: Any) -> object:
         keras = require("keras", "keras", "saving an object of Keras")

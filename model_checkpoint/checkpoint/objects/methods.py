@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 
 
 class StateDictAdapter(ObjectAdapter):
@@ -13,14 +13,8 @@ class StateDictAdapter(ObjectAdapter):
     def owns(self, value: object) -> bool:
         return _has(value, "state_dict")
 
-    def complete(self, value: object) -> bool:
-        return False
-
-    def grows(self, value: object) -> bool:
-        return True
-
-    def setter(self, value: object) -> str | None:
-        return "load_state_dict"
+    def traits(self, value: object) -> Traits:
+        return Traits(complete=False, together=True, grows=True, setter="load_state_dict")
 
     def state_of(self, value: Any) -> object:
         state = value.state_dict()
@@ -36,16 +30,11 @@ class StateDictAdapter(ObjectAdapter):
 class GetStateAdapter(ObjectAdapter):
     """Objects with ``get_state()`` and ``set_state()``."""
 
-    opaque = True
-
     def owns(self, value: object) -> bool:
         return _has(value, "get_state") and _has(value, "set_state")
 
-    def complete(self, value: object) -> bool:
-        return False
-
-    def setter(self, value: object) -> str | None:
-        return "set_state"
+    def traits(self, value: object) -> Traits:
+        return Traits(opaque=True, together=True, setter="set_state")
 
     def state_of(self, value: Any) -> object:
         state = value.get_state()

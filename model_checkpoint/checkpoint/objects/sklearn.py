@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 from model_checkpoint.utils.optional import require
 
 
@@ -16,18 +16,16 @@ class SklearnAdapter(ObjectAdapter):
     those that were saved is what their digests are for.
     """
 
-    opaque = True
-
     def owns(self, value: object) -> bool:
         base = require("sklearn.base", "sklearn", "saving an estimator")  # its own object is here, so it is loaded
         return isinstance(value, base.BaseEstimator)
 
-    def class_of(self, value: object) -> str | None:
-        return type(value).__name__
+    def traits(self, value: object) -> Traits:
+        return Traits(opaque=True, kind=type(value).__name__)
 
     def state_of(self, value: object) -> object:
         io = require("skops.io", "sklearn", "saving a scikit-learn estimator")
-        return {"class": self.class_of(value), "skops": io.dumps(value)}
+        return {"class": type(value).__name__, "skops": io.dumps(value)}
 
     def refusal(self, value: Any, state: Any) -> str | None:
         io = require("skops.io", "sklearn", "loading a scikit-learn estimator")

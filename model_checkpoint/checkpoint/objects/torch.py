@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from model_checkpoint.checkpoint.objects import Traits
 from model_checkpoint.checkpoint.objects.methods import GetStateAdapter, StateDictAdapter
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
@@ -18,18 +19,14 @@ class TorchAdapter(StateDictAdapter):
     def owns(self, value: object) -> bool:
         return super().owns(value) or GetStateAdapter().owns(value)
 
-    def complete(self, value: object) -> bool:
+    def traits(self, value: object) -> Traits:
         import torch  # its own object is here, so it is loaded
 
-        return isinstance(value, torch.nn.Module)
-
-    def grows(self, value: object) -> bool:
-        import torch
-
-        return not isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
-
-    def setter(self, value: object) -> str | None:
-        return super().setter(value) if super().owns(value) else "set_state"
+        if not super().owns(value):
+            return GetStateAdapter().traits(value)
+        if isinstance(value, torch.nn.Module):
+            return Traits(setter="load_state_dict")
+        return super().traits(value)._replace(grows=not isinstance(value, torch.optim.Optimizer))
 
     def known_as(self, key: str) -> str:
         return _without_compiled(key).removeprefix(_WRAPPED)
@@ -49,7 +46,7 @@ class TorchAdapter(StateDictAdapter):
         if not super().owns(value):
             return GetStateAdapter().put_back(value, state)
         inner = unwrapped(value)
-        if self.complete(inner):
+        if self.traits(inner).complete:
             names = {_without_compiled(key): key for key in inner.state_dict() if _is_compiled(key)}
             state = _renamed(state, lambda key: names.get(key, key)) if names else state
         super().put_back(inner, state)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from typing import Any
 
-from model_checkpoint.checkpoint.objects import ObjectAdapter
+from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits
 from model_checkpoint.utils.optional import require
 
 
@@ -17,17 +17,15 @@ class XgboostAdapter(ObjectAdapter):
     XGBoost does not tell its random state; with its ``seed_per_iteration`` sampling goes on exactly.
     """
 
-    opaque = True
-
     def owns(self, value: object) -> bool:
         xgboost = require("xgboost", "xgboost", "saving a model of XGBoost")  # its own object is here, so it is loaded
         return isinstance(value, (xgboost.Booster, xgboost.XGBModel))
 
-    def class_of(self, value: object) -> str | None:
-        return type(value).__name__
+    def traits(self, value: object) -> Traits:
+        return Traits(opaque=True, kind=type(value).__name__)
 
     def state_of(self, value: Any) -> object:
-        name = self.class_of(value)
+        name = type(value).__name__
         if not hasattr(value, "get_booster"):
             return {"class": name, "ubj": bytes(value.save_raw("ubj")), "config": value.save_config()}
         if not value.__sklearn_is_fitted__():

@@ -60,7 +60,7 @@ class MissingDependencyError(ModelCheckpointError, ImportError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed; "
-            f"install it with: pip install {package} (the extra [{extra}] of model-checkpoint)"
+            f"install it with: pip install 'model-checkpoint[{extra}]'"
         )
         self.package = package
         self.extra = extra
@@ -191,6 +191,21 @@ class StateMismatchError(ModelCheckpointError, ValueError):
         self.missing = [problem.path for problem in problems if problem.kind == "missing"]
         self.unexpected = [problem.path for problem in problems if problem.kind == "unexpected"]
         self.mismatched = [problem.path for problem in problems if problem.kind == "mismatched"]
+
+
+class RestoreFailedError(ModelCheckpointError, RuntimeError):
+    """An object raised while it was given its state; those before it have theirs, so all should be made anew.
+
+    Attributes:
+        path: the object's, such as ``extra.loader``.
+    """
+
+    def __init__(self, path: str, value: object, error: BaseException) -> None:
+        super().__init__(
+            f"{path}: {type(value).__name__} did not take its state: {type(error).__name__}: {error}. Other objects "
+            "may have been changed before; make them anew, or restore them without this one"
+        )
+        self.path = path
 
 
 class Preempted(SystemExit):

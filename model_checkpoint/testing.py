@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
@@ -51,9 +53,10 @@ def assert_resume_equivalent(
 ) -> int:
     """Train without interruption, then killed and resumed, and compare all that was saved, bit for bit.
 
-    Each run is a process of its own, with a directory and a database of its own. The killed one gets SIGKILL when it is
-    about to save the first checkpoint whose ``step`` is ``kill_at`` or more, so that what it has trained since its last
-    checkpoint is lost; then ``train_fn`` is called again, in another process.
+    Each run is a process of its own, with a directory and a database of its own. All begin with the same random states
+    of Python, NumPy and PyTorch, as far as the module of ``train_fn`` imports them. The killed one gets SIGKILL when it
+    is about to save the first checkpoint whose ``step`` is ``kill_at`` or more, so that what it has trained since its
+    last checkpoint is lost; then ``train_fn`` is called again, in another process.
 
     Args:
         train_fn: called with a manager and ``steps``. It makes its objects anew, restores them when
@@ -120,6 +123,7 @@ def _run(train_fn: Train, steps: int, folder: Path, kill_at: int | None, timeout
 def _train(train_fn: Train, steps: int, folder: Path, kill_at: int | None) -> None:
     """Run in the new process."""
     try:
+        _seed()
         url, noted = f"sqlite:///{folder}/experiments.db", folder / "experiment.json"
         if noted.exists():
             tracker = ExperimentTracker.resume(json.loads(noted.read_text()), url)
@@ -135,6 +139,15 @@ def _train(train_fn: Train, steps: int, folder: Path, kill_at: int | None) -> No
             return
         (folder / "error.txt").write_text(traceback.format_exc())
         raise
+
+
+def _seed() -> None:
+    """Make runs alike that seed nothing: their states would differ from the first step on, without any kill."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 class _Killer:

@@ -87,7 +87,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([empty_environment, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert "pip install torch (the extra [torch]" in done.stdout, done.stderr
+    assert "pip install 'model-checkpoint[torch]'" in done.stdout, done.stderr
 
 
 def test_importing_takes_under_60_ms_and_imports_no_framework() -> None:

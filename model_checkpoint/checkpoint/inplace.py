@@ -13,7 +13,7 @@ from model_checkpoint.checkpoint.matching import KEPT, Filled, Found, Fresh, Mat
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored, span
 from model_checkpoint.checkpoint.renaming import Keys, Rules, name_of, rename
 from model_checkpoint.checkpoint.selection import children
-from model_checkpoint.errors import Problem, StateMismatchError
+from model_checkpoint.errors import Problem, RestoreFailedError, StateMismatchError
 from model_checkpoint.integrity.reading import FileReader
 from model_checkpoint.utils.kernel import fresh_memory
 from model_checkpoint.utils.parallel import run
@@ -241,7 +241,11 @@ class _Putting:
             return there
         found = self._objects.get(id(there))
         if found is not None:
-            return found.adapter.put_back(there, made if found.traits.opaque else self._state(found.state, made))
+            state = made if found.traits.opaque else self._state(found.state, made)
+            try:
+                return found.adapter.put_back(there, state)
+            except Exception as error:
+                raise RestoreFailedError(name_of(found.path), there, error) from error
         if isinstance(there, MutableMapping) and isinstance(made, Mapping):
             for key, value in made.items():
                 if key in there:

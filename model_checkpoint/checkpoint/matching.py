@@ -199,18 +199,22 @@ class Match:
             empty = "nothing" if children(tree) == [] else _kind_of(tree)
             self._mismatch(at, f"{empty} was saved, there is a {type(target).__name__}")
             return
-        self._rename(tree, state, adapter, at)
+        self._rename(tree, state, traits.plain_name, at)
+        objection = adapter.objection(target, tree)
+        if objection is not None:
+            self._mismatch(at, objection)
+            return
         # Optimizers and schedulers have keys that come and go; load_state_dict() knows them.
         strict = traits.complete or at.path == ("model",)
         fixed = at.fixed and traits.replaces
         self._compare(tree, state, _At(at.path, fixed, strict, bare=False, grows=traits.grows))
 
-    def _rename(self, tree: Any, state: Any, adapter: ObjectAdapter, at: _At) -> None:
+    def _rename(self, tree: Any, state: Any, plain_name: Callable[[str], str], at: _At) -> None:
         """Give the keys of an object's tree the names that its state has, where they were saved within a wrapper."""
         if not isinstance(state, Mapping):
             return
         saved = [key for key, _ in children(tree) or () if isinstance(key, str)]
-        for old, new in [(key, adapter.known_as(key)) for key in saved]:
+        for old, new in [(key, plain_name(key)) for key in saved]:
             if old not in state and new in state and new not in saved:
                 rename_key(tree, old, new)
                 self.renamed[name_of((*at.path, old))] = name_of((*at.path, new))

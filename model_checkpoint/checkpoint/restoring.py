@@ -58,7 +58,7 @@ class CheckpointRestoring(CheckpointLoading):
             checkpoint_id, experiment_id, checkpoint_type: which checkpoint, as for ``load_checkpoint``.
             strict: what happens when something does not fit. ``error`` raises and changes nothing; ``warn`` logs it and
                 ``skip`` does not, and both restore the rest. An optimizer, or what else is no module, of which a part
-                does not fit stays as it is. What optimizers and schedulers make of a state of another class is theirs.
+                does not fit stays as it is.
             rename: names in the checkpoint -> names in the objects, where they differ, such as ``{"model.encoder.*":
                 "model.backbone.*"}``; each ``*`` stands for any text. Keys may be compiled regular expressions, which
                 are replaced as by ``re.sub``. Names are those of ``keys`` in ``load_checkpoint``; they may lead from
@@ -80,8 +80,8 @@ class CheckpointRestoring(CheckpointLoading):
             ConfigurationError: no object is given, or an argument cannot be used. Nothing was changed.
             ExperimentNotFoundError, CheckpointNotFoundError, UnknownCheckpointTypeError, IntegrityError, HookVetoError,
             MissingDependencyError, SaveFailedError: as from ``load_checkpoint``. Nothing was changed.
-            StorageError: the disk failed. If it does so after the verification, the objects are filled in part; so they
-                are when a ``load_state_dict`` raises an error of its own.
+            RestoreFailedError: an object raised while it was given its state; others have theirs.
+            StorageError: the disk failed. If it does so after the verification, the objects are filled in part.
         """
         check_choice("strict", strict, ("error", "warn", "skip"))
         check_choice("on_corruption", on_corruption, ("raise", "fallback"))

@@ -20,7 +20,8 @@ class ResumableLoader:
     batches that were seen are fetched again and dropped, so that worker processes and datasets with a state of their
     own come to where they were. That takes as long as fetching them took. A loader with ``load_state_dict`` of its own
     (``torchdata``'s StatefulDataLoader) goes to its place by that. What a sampler draws from the process's random
-    states must be drawn before the first batch, as PyTorch's samplers do.
+    states must be drawn before the first batch, as PyTorch's samplers do. Random numbers of worker processes go on
+    exactly, but for ``persistent_workers=True``, whose random states no other process has.
 
     Args:
         loader: an iterable that begins a new epoch whenever it is iterated.
@@ -30,6 +31,8 @@ class ResumableLoader:
     """
 
     def __init__(self, loader: Any) -> None:
+        if isinstance(loader, type) or not hasattr(loader, "__iter__"):
+            raise ConfigurationError(f"ResumableLoader needs a data loader, or anything to iterate, not {loader!r}")
         self._loader = loader
         self._owns_state = hasattr(loader, "load_state_dict") and not hasattr(loader, "base_dataloader")
         self.ahead = 0
@@ -58,7 +61,8 @@ class ResumableLoader:
         self.end_epoch()
 
     def _begun(self) -> Iterator[Any]:
-        self._epoch = {"delivered": 0, "start": random_states(), "order": _order_of(self._loader)}
+        start, order = random_states(), _order_of(self._loader)
+        self._epoch = {"delivered": 0, "start": start, "order": order, "batches": _length(self._loader)}
         iterator: Iterator[Any] = iter(self._loader)
         return iterator
 
@@ -97,12 +101,28 @@ class ResumableLoader:
         return {**self._epoch, "delivered": used, "before": self._epoch["before"] if exact else None, "own": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to that place in the data when it is iterated next."""
+        """Go to that place in the data when it is iterated next.
+
+        Raises:
+            ConfigurationError: it gives another number of batches than the one that was saved.
+        """
+        if state["delivered"] and state.get("batches") not in (None, _length(self._loader)):
+            raise ConfigurationError(
+                f"the loader that was saved within an epoch had {state['batches']} batches, and this one has "
+                f"{_length(self._loader)}; give it the data and the batch size that the checkpoint was saved with"
+            )
         _set_order(self._loader, state["order"])
         self._resume = state if state["delivered"] else None
         self.end_epoch()
         if state.get("own") is not None:
             self._loader.load_state_dict(state["own"])
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None  # a stream
 
 
 def _put_back(states: Any) -> None:

@@ -431,14 +431,14 @@ class TestLoadingWithoutTheLibrary:
     ) -> None:
         told = load_without({"w": torch.ones(1)}, ["torch"], "pytorch")
         assert told["error"] == "MissingDependencyError"
-        assert "pip install torch (the extra [torch]" in told["text"]
+        assert "pip install 'model-checkpoint[torch]'" in told["text"]
         assert told["status"] == "committed"
 
     @needs_zstandard
     def test_zstd_files_without_zstandard_name_the_extra_and_mark_nothing_corrupt(self, load_without: Any) -> None:
         told = load_without({"w": b"1"}, ["zstandard"], enable_compression=True)
         assert told["error"] == "MissingDependencyError"
-        assert "pip install zstandard (the extra [zstd]" in told["text"]
+        assert "pip install 'model-checkpoint[zstd]'" in told["text"]
         assert told["status"] == "committed"
 
 

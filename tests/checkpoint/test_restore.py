@@ -18,6 +18,7 @@ from model_checkpoint.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
     IntegrityError,
+    RestoreFailedError,
     StateMismatchError,
     UnsupportedValueError,
 )
@@ -381,6 +382,20 @@ def test_compiled_and_wrapped_modules_are_saved_and_restored_by_their_plain_name
 
 
 # What cannot be asked for, and what goes wrong
+
+
+def test_an_object_that_raises_is_named_and_others_may_have_changed(store: Store) -> None:
+    class Bad(Keeps):
+        def load_state_dict(self, state: Any) -> None:
+            raise ArithmeticError("bad luck")
+
+    store.save({"w": floats(1)}, extra_state={"it": Keeps()})
+    with pytest.raises(
+        RestoreFailedError, match=r"extra\.it: Bad did not take its state: ArithmeticError: bad luck"
+    ) as caught:
+        store.manager.restore({"w": floats(0)}, extra_state={"it": Bad()})
+    assert caught.value.path == "extra.it"
+    assert isinstance(caught.value.__cause__, ArithmeticError)
 
 
 def test_what_cannot_be_asked_for_is_refused(store: Store) -> None:

@@ -114,6 +114,44 @@ class TestTorch:
         assert exact(target[0].state_dict()) == exact(model.state_dict())
         assert exact(target[1].state_dict()) == exact(optimizer.state_dict())
 
+    def test_moments_for_parameters_of_another_shape_are_told_and_left_out(self, store: Store) -> None:
+        torch = pytest.importorskip("torch")
+
+        def make(classes: int, steps: int) -> tuple[Any, Any]:
+            model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, classes))
+            optimizer = torch.optim.AdamW(model.parameters())
+            for _ in range(steps):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+            return model, optimizer
+
+        store.save(*make(1, steps=2))
+        model, optimizer = make(5, steps=0)
+        with pytest.raises(StateMismatchError, match=r"optimizer: exp_avg of shape \[1, 3\] was saved for parameter 2"):
+            store.manager.restore(optimizer=optimizer)
+        report = store.manager.restore(model, optimizer, strict="skip")["report"]
+        assert [line.partition(":")[0] for line in report["mismatched"]] == [
+            "model.1.weight",
+            "model.1.bias",
+            "optimizer",
+        ]
+        assert not optimizer.state_dict()["state"]
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    @pytest.mark.parametrize(
+        ("saved", "target"), [("AdamW", "SGD"), ("SGD", "AdamW"), ("AdamW", "RMSprop"), ("Adagrad", "Adam")]
+    )
+    def test_an_optimizer_or_scheduler_of_another_class_is_refused(self, store: Store, saved: str, target: str) -> None:
+        torch = pytest.importorskip("torch")
+        parameter = torch.nn.Parameter(torch.ones(1))
+        first, other = (getattr(torch.optim, name)([parameter], lr=0.1) for name in (saved, target))
+        store.save({}, first, self.scheduler(torch, "StepLR", first))
+        with pytest.raises(StateMismatchError, match="optimizer: one of another class was saved"):
+            store.manager.restore(optimizer=other)
+        with pytest.raises(StateMismatchError, match="scheduler: one of another class was saved: it has .*step_size"):
+            store.manager.restore(scheduler=self.scheduler(torch, "CosineAnnealingLR", other))
+
     def test_a_gan_is_two_models_and_two_optimizers_in_lists_and_dicts(self, store: Store) -> None:
         torch = pytest.importorskip("torch")
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Traits(NamedTuple):
@@ -22,6 +23,7 @@ class Traits(NamedTuple):
         opaque: its state is one block, which only the object can judge: it is not compared key by key.
         kind: what stands as ``class`` in an opaque state: an object of another class cannot take it.
         setter: the name of its method that ``put_back`` calls; None where that calls none.
+        plain_name: returns what a key of its state is called without what wrappers of the object add to it.
     """
 
     complete: bool = True
@@ -31,6 +33,7 @@ class Traits(NamedTuple):
     opaque: bool = False
     kind: str | None = None
     setter: str | None = None
+    plain_name: Callable[[str], str] = str
 
 
 class ObjectAdapter(ABC):
@@ -44,9 +47,13 @@ class ObjectAdapter(ABC):
         """Return what holds for ``value``."""
         return Traits()
 
-    def known_as(self, key: str) -> str:
-        """Return what a key is called without what wrappers of the object add to it."""
-        return key
+    def objection(self, value: object, tree: Any) -> str | None:
+        """Return why ``value`` cannot take what was saved, where keys and shapes do not tell; None where it can.
+
+        Args:
+            tree: the JSON tree of what was saved, as ``state.py`` tells; it is no opaque state.
+        """
+        return None
 
     def refusal(self, value: object, state: object) -> str | None:
         """Return why ``value`` cannot take an opaque state; None where it can. Nothing is changed."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 from model_checkpoint.checkpoint.objects import Traits
 from model_checkpoint.checkpoint.objects.methods import GetStateAdapter, StateDictAdapter
+from model_checkpoint.checkpoint.selection import children
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_LIKE_PARAMETERS = {  # names of optimizers' states that have the shape of their parameter
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "prev", "ax", "step_size"),
+}
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a part of a module
 _WRAPPED = "module."  # what DDP and DataParallel put before all names
 
@@ -25,11 +31,18 @@ class TorchAdapter(StateDictAdapter):
         if not super().owns(value):
             return GetStateAdapter().traits(value)
         if isinstance(value, torch.nn.Module):
-            return Traits(setter="load_state_dict")
+            return Traits(setter="load_state_dict", plain_name=_plain_name)
         return super().traits(value)._replace(grows=not isinstance(value, torch.optim.Optimizer))
 
-    def known_as(self, key: str) -> str:
-        return _without_compiled(key).removeprefix(_WRAPPED)
+    def objection(self, value: Any, tree: Any) -> str | None:
+        import torch  # its own object is here, so it is loaded
+
+        saved = dict(children(tree) or ())
+        if isinstance(value, torch.optim.Optimizer):
+            return _other_keys(saved.get("param_groups", [None])[0], value.param_groups[0]) or _misshaped(value, saved)
+        if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+            return _other_keys(tree, value.state_dict())
+        return None
 
     def state_of(self, value: Any) -> object:
         if not super().owns(value):
@@ -62,6 +75,31 @@ def unwrapped(value: Any) -> Any:
 
 def _without_compiled(key: str) -> str:
     return key.replace(_COMPILED, "")
+
+
+def _plain_name(key: str) -> str:
+    return _without_compiled(key).removeprefix(_WRAPPED)
+
+
+def _other_keys(tree: Any, own: Mapping[str, Any]) -> str | None:
+    """Say that a state is of another class, as where each side has what the other has not; versions add keys only."""
+    saved = {str(key) for key, _ in children(tree) or ()}
+    more, fewer = sorted(saved - own.keys()), sorted(own.keys() - saved)
+    if more and fewer:
+        return f"one of another class was saved: it has {', '.join(more)}, and here are {', '.join(fewer)}"
+    return None
+
+
+def _misshaped(optimizer: Any, saved: Mapping[str, Any]) -> str | None:
+    """Say that moments were saved for parameters of another shape: torch takes them, and fails at the next step."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in children(saved.get("state", {})) or ():
+        for name, node in children(state) or ():
+            alike = name in _LIKE_PARAMETERS and isinstance(node, dict) and "shape" in node and str(index).isdecimal()
+            if alike and int(index) < len(parameters) and list(parameters[int(index)].shape) != node["shape"]:
+                own = list(parameters[int(index)].shape)
+                return f"{name} of shape {node['shape']} was saved for parameter {index}, which has shape {own}"
+    return None
 
 
 def _is_compiled(key: object) -> bool:

@@ -149,7 +149,7 @@ class TestTorch:
         store.save({}, first, self.scheduler(torch, "StepLR", first))
         with pytest.raises(StateMismatchError, match="optimizer: one of another class was saved"):
             store.manager.restore(optimizer=other)
-        with pytest.raises(StateMismatchError, match="scheduler: one of another class was saved: it has .*step_size"):
+        with pytest.raises(StateMismatchError, match=r"scheduler: one of another class was saved: it has .*step_size"):
             store.manager.restore(scheduler=self.scheduler(torch, "CosineAnnealingLR", other))
 
     def test_a_gan_is_two_models_and_two_optimizers_in_lists_and_dicts(self, store: Store) -> None:

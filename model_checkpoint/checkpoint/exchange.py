@@ -135,6 +135,8 @@ class CheckpointExchange(CheckpointComparison):
         )
         self._take_turn(False)
         state = encode(found.components())
+        if found.backend == "safetensors" and not _named_as_stored(found.model, state.arrays.get("model", {})):
+            raise ConfigurationError("a tensor's name is empty, which has no place in a checkpoint; use copy=True")
         self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, experiment_id)
         self._take_turn(False)  # of a hook, or of another thread
         known = self._experiments[experiment_id][1]
@@ -241,6 +243,12 @@ def _tensors(model: object, checkpoint_id: str) -> tuple[dict[str, HostArray], d
     if left_out:
         log.warning("export of %s: SafeTensors holds tensors only, left out %s", checkpoint_id, ", ".join(left_out))
     return tensors, ties
+
+
+def _named_as_stored(model: object, arrays: Mapping[str, HostArray]) -> bool:
+    """Whether arrays have the names that the files have, where one that is tied has that of the first."""
+    first = {id(value): name for name, value in reversed(_leaves(model, ()))}
+    return arrays.keys() <= set(first.values())
 
 
 def _can_be_named(name: str) -> bool:

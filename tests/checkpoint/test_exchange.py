@@ -210,6 +210,18 @@ def test_safetensors_come_in_bit_for_bit(
     assert loaded["config"] == {"run": "7"}
 
 
+@pytest.mark.parametrize("metadata", [None, {"model": ""}], ids=["alone", "tied"])
+def test_a_name_that_a_checkpoint_cannot_have_is_refused_in_place(
+    manager: EnhancedCheckpointManager, tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    safetensors_torch.save_file({"": torch.ones(2), "b": torch.ones(1)}, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(ConfigurationError, match="copy=True"):
+        manager.import_checkpoint(tmp_path / "m.safetensors", copy=False)
+    assert nothing_left(manager, tmp_path / "c")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.safetensors"))["model_state_dict"]
+    assert equal(loaded[""], torch.ones(2))
+
+
 def test_numpy_files_come_in_as_numpy_arrays(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
     from safetensors.numpy import load_file, save_file

@@ -589,6 +589,65 @@ def damage(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("hello", "bye"),
+        ("x", None),
+        ([], None),
+        ({}, []),
+        ({"": 1}, {"": 2}),
+        ({"a": []}, {}),
+        ({"a": [1]}, {"a": {"0": 1}}),
+        ({"a.b": 1, "a": {"b": 2}}, {"a.b": 9, "a": {"b": 2}}),
+        ({"a.b": 1, "a": {"b": 2}}, {"a.b": 1, "a": {"b": 9}}),
+    ],
+    ids=str,
+)
+def test_no_difference_of_configs_is_overlooked(store: Store, before: Any, after: Any) -> None:
+    ids = [store.save({"w": 1}, config=config) for config in (before, after)]
+    for pair in (ids, ids[::-1]):
+        found = store.manager.diff(*pair)
+        assert found.config
+        assert not found.identical
+    assert store.manager.diff(ids[0], ids[0]).identical
+
+
+def test_the_order_of_a_configs_keys_does_not_count(store: Store) -> None:
+    configs: list[Any] = [{"a.b": 1, "a": {"b": 2}}, {"a": {"b": 2}, "a.b": 1}]
+    assert store.manager.diff(*(store.save({"w": 1}, config=config) for config in configs)).identical
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({1: 5}, {"1": 5}),
+        ({None: array("d", [5])}, {"None": array("d", [5])}),
+        ({(1, 2): 5}, {1: {2: 5}}),
+        (b"a", array("B", b"a")),
+        (b"a", bytearray(b"a")),
+    ],
+    ids=str,
+)
+def test_keys_and_bytes_that_only_look_the_same_differ(store: Store, before: Any, after: Any) -> None:
+    for states in ((before, after), (after, before)):
+        found = diff(store, *({"x": state} for state in states))
+        assert [path.rpartition(" ")[2] for path in found.values] == ["(type)"]
+        assert not found.same_state
+    assert diff(store, {"x": before}, {"x": before}).same_state
+    assert diff(store, {"x": {1: 5}}, {"x": {1: 5, 2: 6}}).values.keys() == {"model.x.2"}
+
+
+def test_typed_keys_of_other_kinds_differ(store: Store) -> None:
+    random = pytest.importorskip("jax.random")
+    first, other = (random.key(0, impl=impl) for impl in ("rbg", "unsafe_rbg"))
+    found = diff(store, {"k": first}, {"k": other})
+    assert (found.values["model.k.impl"].before, found.values["model.k.impl"].after) == ("rbg", "unsafe_rbg")
+    assert found.tensors["model.k"].status == "same"
+    assert not diff(store, {"k": first}, {"k": random.key_data(first)}).same_state
+    assert diff(store, {"k": first}, {"k": first}).same_state
+
+
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("at", [5, 200, -1])
 def test_a_changed_byte_is_refused_and_noted_of_the_right_one(store: Store, which: int, at: int) -> None:

@@ -188,7 +188,7 @@ def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
 
 def _differing_types(a: _Side, b: _Side) -> dict[str, ValueDiff]:
     """Return what differs in nothing but its type, with that as its value: ``{1: x}`` and ``{"1": x}``."""
-    both = [path for path in a.types | b.types if all(path in side.arrays or path in side.values for side in (a, b))]
+    both = sorted((a.types.keys() | b.types) & (a.arrays.keys() & b.arrays | a.values.keys() & b.values))
     return _differing(*({f"{path} (type)": side.types.get(path, []) for path in both} for side in (a, b)))
 
 

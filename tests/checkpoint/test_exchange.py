@@ -147,6 +147,58 @@ def test_what_is_given_as_none_is_what_the_file_says(manager: EnhancedCheckpoint
         assert (loaded["epoch"], loaded["step"], loaded["loss"]) == (7, 123, 0.25)
 
 
+def test_whole_floats_are_integers(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3.0, "step": 1.5}, tmp_path / "m.pt")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.pt"))
+    assert (loaded["epoch"], loaded["step"], loaded["extra_state"]) == (3, 0, {"step": 1.5})
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_what_is_exported_without_a_model_comes_in_without_one(
+    manager: EnhancedCheckpointManager, tmp_path: Path, copy: bool
+) -> None:
+    saved = manager.save_checkpoint(None, {"lr": 1, "m": torch.ones(2)}, epoch=3, extra_state={"e": 1})
+    path = manager.export_checkpoint(saved, tmp_path / "m.pt")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(path, copy=copy))
+    assert (loaded["model_state_dict"], loaded["epoch"], loaded["extra_state"]) == (None, 3, {"e": 1})
+    assert equal(loaded["optimizer_state_dict"], {"lr": 1, "m": torch.ones(2)})
+
+
+def test_what_lies_too_deep_in_a_lightning_file_is_left_out(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(3000):
+        deep = {"k": deep}
+    content = {"state_dict": {"w": torch.ones(1)}, "pytorch-lightning_version": "2", "callbacks": deep, "a": 1}
+    with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+        torch.save({**content, "callbacks": "here"}, tmp_path / "shallow.ckpt")
+        with zipfile.ZipFile(tmp_path / "shallow.ckpt") as shallow:
+            for name in shallow.namelist():
+                text = shallow.read(name)
+                if name.endswith("data.pkl"):
+                    place = text.index(b"X\x04\x00\x00\x00here")
+                    end = text[place + 9 :].lstrip(b"q")[1:]
+                    text = text[:place] + b"}X\x01\x00\x00\x00k" * 3000 + b"}" + b"s" * 3000 + end
+                archive.writestr(name, text)
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.ckpt"))
+    assert loaded["extra_state"]["a"] == 1
+    assert ".k.k.k" in manager.list_checkpoints()[0]["notes"]
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [(b"\x80\x02000.", "Unsupported operand 48"), (b"\x80\x02}", "EOFError"), (b"h\xff.", "KeyError")],
+)
+def test_of_a_damaged_pickle_the_reason_is_told_and_no_advice_to_trust_it(
+    manager: EnhancedCheckpointManager, tmp_path: Path, pickled: bytes, reason: str
+) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        for name, content in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"}.items():
+            archive.writestr(f"archive/{name}", content)
+    with pytest.raises(FormatError, match=reason) as refused:
+        manager.import_checkpoint(tmp_path / "m.pt")
+    assert "weights_only" not in str(refused.value)
+
+
 def test_what_only_looks_like_a_fact_is_kept_as_extra_state(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
     content = {"state_dict": {"w": torch.ones(2)}, "epoch": "third", "metrics": [1], "step": None, "unknown": None}
     torch.save(content, tmp_path / "odd.pt")
@@ -323,6 +375,29 @@ def lie(path: Path) -> None:
             archive.writestr(name, content)
 
 
+def expand(path: Path) -> None:
+    """Tell of 4 GiB, of which there are 4 bytes."""
+    torch.save({"w": torch.zeros(1).expand(2**30)}, path)
+
+
+def expand_beyond_memory(path: Path) -> None:
+    torch.save({"w": torch.zeros(1).expand(2**42)}, path)
+
+
+def share(path: Path) -> None:
+    """Tell of ten million values, of which there are 70."""
+    values: Any = [1]
+    for _ in range(7):
+        values = [values] * 10
+    torch.save({"model": {"w": torch.ones(1)}, "x": values}, path)
+
+
+def hold_itself(path: Path) -> None:
+    content: dict[str, Any] = {"state_dict": {"w": torch.ones(1)}, "pytorch-lightning_version": "2"}
+    content["callbacks"] = {"all": content}
+    torch.save(content, path)
+
+
 def code(path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -332,7 +407,7 @@ def code(path: Path) -> None:
 
 
 @pytest.mark.parametrize("copy", [True, False])
-@pytest.mark.parametrize("harm", [cut, bomb, lie, code])
+@pytest.mark.parametrize("harm", [cut, bomb, lie, code, expand, expand_beyond_memory, share, hold_itself])
 def test_hostile_torch_files_are_refused_and_leave_nothing(
     manager: EnhancedCheckpointManager, tmp_path: Path, harm: Callable[[Path], None], copy: bool
 ) -> None:

@@ -16,6 +16,7 @@ from model_checkpoint.utils.kernel import fresh_memory
 
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6: a pickle of its magic number
+_RATIO, _FLOOR = 1000, 1 << 30  # so much larger than its files may an array be; less than 1 GiB may be anything
 _MAX_JSON = 256 << 20  # bytes; an index of a million tensors has 100 MB
 
 
@@ -89,6 +90,12 @@ def refuse_links(folder: str) -> None:
         for name in (*folders, *files):
             if os.path.islink(os.path.join(place, name)):
                 raise FormatError(f"{os.path.join(place, name)} is a link; only files of the checkpoint are read")
+
+
+def check_told(name: str, told: int, stored: int) -> None:
+    """Raise FormatError if arrays are said to have many more bytes than the files that they are in."""
+    if told > max(_FLOOR, stored * _RATIO):
+        raise FormatError(f"{name} has {stored:,} bytes, and says that its arrays have {told:,}")
 
 
 def read_json(path: str) -> Any:

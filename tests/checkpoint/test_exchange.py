@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from model_checkpoint.errors import (
     FormatError,
     IntegrityError,
     ModelCheckpointError,
+    StorageError,
     UnsupportedValueError,
 )
 
@@ -700,3 +702,138 @@ def test_exports_that_cannot_be_are_refused(manager: EnhancedCheckpointManager, 
     with pytest.raises(ModelCheckpointError, match="no such folder"):
         manager.export_checkpoint(saved, tmp_path / "no" / "m.pt")
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith("experiments.db")] == ["c"]
+
+
+def test_the_engines_own_files_are_no_place_for_an_export(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    folder = Path(manager.list_checkpoints()[0]["path"])
+    (tmp_path / "link").symlink_to(folder)
+    database = Path(manager._db.place)
+    for target in (folder / "model.safetensors", folder / "new.pt", folder, tmp_path / "link" / "new.pt", database):
+        for overwrite in (True, False):
+            with pytest.raises(ConfigurationError, match="engine's own"):
+                manager.export_checkpoint(saved, target, overwrite=overwrite, format="pt")
+    assert manager.verify_experiment_integrity()["failed"] == 0
+    manager.export_checkpoint(saved, f"{database}.pt")
+
+
+OLD = """
+import os, signal, sys
+from model_checkpoint import EnhancedCheckpointManager
+manager = EnhancedCheckpointManager(None, sys.argv[1], database_url=sys.argv[2])
+rename = os.rename
+def then_die(*arguments):
+    rename(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename = then_die
+manager.export_checkpoint(sys.argv[3], sys.argv[4], overwrite=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders can be exchanged at once on Linux only")
+def test_a_folder_is_replaced_at_once(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    ids = [manager.save_checkpoint({"w": torch.full((2,), float(n))}) for n in range(2)]
+    manager.export_checkpoint(ids[0], tmp_path / "folder")
+    subprocess.run(
+        [sys.executable, "-c", OLD, str(tmp_path / "c"), manager._db.database_url, ids[1], str(tmp_path / "folder")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=60,
+    )
+    assert equal(safetensors_torch.load_file(tmp_path / "folder" / "model.safetensors"), {"w": torch.ones(2)})
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_replaced_folder_that_cannot_be_removed_is_told_of(
+    manager: EnhancedCheckpointManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at_once: bool,
+) -> None:
+    from model_checkpoint.checkpoint.foreign import target
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    ids = [manager.save_checkpoint({"w": torch.full((2,), float(n))}) for n in range(2)]
+    manager.export_checkpoint(ids[0], tmp_path / "folder")
+    monkeypatch.setattr(target, "remove_folder", refuse)
+    if not at_once:
+        monkeypatch.setattr(target, "exchange", lambda *_: False)
+    manager.export_checkpoint(ids[1], tmp_path / "folder", overwrite=True)
+    (left,) = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert str(left) in caplog.text
+    for folder, number in ((left, 0.0), (tmp_path / "folder", 1.0)):
+        assert equal(safetensors_torch.load_file(folder / "model.safetensors"), {"w": torch.full((2,), number)})
+
+
+def test_names_may_be_as_long_as_the_file_system_takes(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    assert os.path.exists(manager.export_checkpoint(saved, tmp_path / f"{'n' * 250}.pt"))
+    with pytest.raises(StorageError, match="the checkpoint itself is untouched"):
+        manager.export_checkpoint(saved, tmp_path / f"{'n' * 260}.pt")
+
+
+def test_a_full_disk_is_told_of_as_that_of_the_export(
+    manager: EnhancedCheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="export a checkpoint: No space") as refused:
+        patch.setattr(os, "fsync", refuse)
+        manager.export_checkpoint(saved, tmp_path / "m.pt")
+    assert "max_checkpoints" not in str(refused.value)
+    assert refused.value.filename == str(tmp_path / "m.pt")
+
+
+def test_folders_that_may_not_be_read_are_told_of(
+    manager: EnhancedCheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    manager.export_checkpoint(saved, tmp_path / "folder")
+    (tmp_path / "closed").mkdir()
+
+    def refuse(path: str = ".") -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "access", lambda path, mode: path != str(tmp_path / "closed"))
+        for name in ("folder", "closed"):
+            with pytest.raises(StorageError, match=f"import: Permission denied.*{name}"):
+                manager.import_checkpoint(tmp_path / name)
+        with pytest.raises(StorageError, match="export a checkpoint: Permission denied"):
+            manager.export_checkpoint(saved, tmp_path / "folder", overwrite=True)
+
+
+def test_names_that_are_no_text_are_refused_or_noted(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    for call in (manager.import_checkpoint, lambda path: manager.export_checkpoint(saved, path, format="pt")):
+        with pytest.raises(ConfigurationError, match="must be the path"):
+            call(str(tmp_path / "x\ud800"))
+    shard_folder(tmp_path / "hf")
+    with pytest.raises(UnsupportedValueError, match="notes"):
+        manager.import_checkpoint(tmp_path / "hf", notes=5)
+    point("\ud800.safetensors")(tmp_path / "hf")
+    with pytest.raises(FormatError, match="cannot be one"):
+        manager.import_checkpoint(tmp_path / "hf")
+    manager.export_checkpoint(saved, tmp_path / "folder")
+    Path(os.fsdecode(os.fsencode(tmp_path / "folder") + b"/\xff.bin")).write_bytes(b"x")
+    manager.import_checkpoint(tmp_path / "folder")
+    assert manager.list_checkpoints()[-1]["notes"] == "imported from folder; left out: \\udcff.bin"
+
+
+@pytest.mark.parametrize("config", ['{"a": "\\u0000"}', "[" * 200 + "]" * 200], ids=["nul", "deep"])
+def test_a_config_that_cannot_be_kept_can_be_replaced(
+    manager: EnhancedCheckpointManager, tmp_path: Path, config: str
+) -> None:
+    shard_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(config)
+    for copy in (True, False):
+        with pytest.raises(FormatError, match="config="):
+            manager.import_checkpoint(tmp_path / "hf", copy=copy)
+        made = manager.import_checkpoint(tmp_path / "hf", config={"b": 1}, copy=copy)
+        assert manager.load_checkpoint(made)["config"] == {"b": 1}

@@ -203,6 +203,8 @@ def harm_orbax(path: Path, how: str) -> None:
     elif how == "lost":
         for file in data:
             file.unlink()
+    elif how == "pipe":
+        os.mkfifo(data[-1].parent / "pipe")
     elif how == "link":
         data[-1].rename(path.parent / "secret")
         data[-1].symlink_to(path.parent / "secret")
@@ -210,7 +212,7 @@ def harm_orbax(path: Path, how: str) -> None:
         (path / "_METADATA").write_text("{" if how == "metadata" else json.dumps({"tree_metadata": {}}))
 
 
-@pytest.mark.parametrize("how", ["cut", "lost", "link", "metadata", "tree"])
+@pytest.mark.parametrize("how", ["cut", "lost", "pipe", "link", "metadata", "tree"])
 def test_damaged_orbax_checkpoints_are_refused(manager: EnhancedCheckpointManager, tmp_path: Path, how: str) -> None:
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.StandardCheckpointer() as checkpointer:

@@ -782,8 +782,8 @@ def test_a_full_disk_is_told_of_as_that_of_the_export(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saved = manager.save_checkpoint({"w": torch.ones(2)})
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match="export a checkpoint: No space") as refused:
-        patch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match="export a checkpoint: No space") as refused:
         manager.export_checkpoint(saved, tmp_path / "m.pt")
     assert "max_checkpoints" not in str(refused.value)
     assert refused.value.filename == str(tmp_path / "m.pt")

@@ -93,7 +93,7 @@ def member(folder: str, name: object) -> str:
 
 
 def refuse_links(folder: str) -> None:
-    """Raise FormatError if ``folder`` has anything but files and folders, for packages that follow whatever is there."""
+    """Raise FormatError if ``folder`` has anything but files and folders, for packages that follow what is there."""
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(place, name)

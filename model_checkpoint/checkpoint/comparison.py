@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from model_checkpoint.checkpoint.decoding import Decoder
 from model_checkpoint.checkpoint.diff import CheckpointDiff, Form, TensorDiff, ValueDiff
 from model_checkpoint.checkpoint.differences import Difference, difference
-from model_checkpoint.checkpoint.pieces import SavedArray, StoredArrays, runs, saved_array
+from model_checkpoint.checkpoint.pieces import SavedArray, StoredArrays, Tile, runs, saved_array, tiles
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored
 from model_checkpoint.checkpoint.restoring import CheckpointRestoring
 from model_checkpoint.checkpoint.selection import check_keys, children, key_text, references
@@ -25,6 +25,7 @@ from model_checkpoint.utils.optional import find
 from model_checkpoint.utils.parallel import run
 
 _PIECE = 1 << 20  # bytes of each side at once; a multiple of every element's size
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}  # bytes of an element -> a code of that size
 _BYTES = ("bytes", "bytearray")
 _PROGRESS = ("epoch", "step", "loss", "val_loss")
 
@@ -274,6 +275,12 @@ def _difference(
 ) -> Difference:
     """Return how two arrays of one dtype and shape differ; ``memory`` is of a piece for each, and is overwritten."""
     dtype, size = a[1].dtype, a[1].itemsize
+    turned = tiles(a[1], b[1], math.isqrt(_PIECE // size)) if size in _CODES else None
+    if turned is not None:
+        found = Difference()
+        for tile in turned:
+            found = found.joined(difference(dtype, *_read_tile(a, b, tile, memory), np))
+        return found
     found, filled = Difference(), 0
     for first_a, first_b, count in runs(a[1], b[1]):
         done = 0
@@ -290,3 +297,20 @@ def _difference(
             if filled == _PIECE:
                 found, filled = found.joined(difference(dtype, memory[0], memory[1], np)), 0
     return found.joined(difference(dtype, memory[0][:filled], memory[1][:filled], np))
+
+
+def _read_tile(
+    a: tuple[_Side, SavedArray], b: tuple[_Side, SavedArray], tile: Tile, memory: Sequence[memoryview]
+) -> tuple[memoryview, memoryview]:
+    """Return the elements of a tile by rows; of the second array they are read by columns, and turned in memory."""
+    size = a[1].itemsize
+    for side, firsts, count, whole in ((a, tile.a, tile.columns, memory[0]), (b, tile.b, tile.rows, memory[1])):
+        for place, first in enumerate(firsts):
+            _read(*side, first, whole[place * count * size : (place + 1) * count * size])
+    nbytes = tile.rows * tile.columns * size
+    columns = memory[1][:nbytes].cast(_CODES[size])
+    made = memoryview(bytearray(nbytes))
+    rows = made.cast(_CODES[size])
+    for column in range(tile.columns):
+        rows[column :: tile.columns] = columns[column * tile.rows : (column + 1) * tile.rows]
+    return memory[0][:nbytes], made

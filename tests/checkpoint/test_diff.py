@@ -529,6 +529,26 @@ def test_what_is_tied_or_turned_round_is_read_in_few_reads(store: Store, read_by
     assert read_bytes.count("model.safetensors") <= 2 * (2 + 1 + 3), "two of the head, one to verify, three arrays"
 
 
+@needs_torch
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32", "float64"])
+def test_an_array_that_is_stored_turned_round_is_read_in_tiles(
+    store: Store, read_bytes: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(comparison, "_PIECE", 64 * 64 * 8)
+    base = torch.arange(3 * 200 * 150).remainder(120).to(getattr(torch, dtype)).reshape(3, 200, 150)
+    turned = base.transpose(1, 2)
+    dense = turned.contiguous()
+    saved = store.save({"b": base, "t": turned})
+    for differing in (0, 1):
+        dense[1, 140, 7] += differing
+        read_bytes.clear()
+        other = store.save({"b": base, "t": dense})
+        for pair in ((saved, other), (other, saved)):
+            found = store.manager.diff(*pair).tensors["model.t"]
+            assert (found.differing, found.max_abs, found.elements) == (differing, differing, 90_000)
+        assert len(read_bytes) < 2 * 90_000 / 10
+
+
 def test_reading_a_file_twice_does_not_count_as_reading_another(tmp_path: Path) -> None:
     store = Store(tmp_path / "s", enable_compression=True, max_shard_size=100)
     parts = [{"m": array("d", [2, 3])} for _ in range(3)]

@@ -25,7 +25,7 @@ from model_checkpoint.utils.optional import find
 from model_checkpoint.utils.parallel import run
 
 _PIECE = 1 << 20  # bytes of each side at once; a multiple of every element's size
-_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}  # bytes of an element -> a code of that size
+_CODES: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}  # bytes of an element -> a code of that size
 _BYTES = ("bytes", "bytearray")
 _PROGRESS = ("epoch", "step", "loss", "val_loss")
 

@@ -11,6 +11,8 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import product
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from model_checkpoint import CheckpointDiff, TensorDiff
 from model_checkpoint.arrays import DTYPES
 from model_checkpoint.checkpoint.comparison import compare
 from model_checkpoint.checkpoint.differences import Difference, difference
+from model_checkpoint.checkpoint.pieces import SavedArray, tiles
 from model_checkpoint.checkpoint.reader import CheckpointReader
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, IntegrityError
 from model_checkpoint.hooks import HookEvent
@@ -527,6 +530,28 @@ def test_what_is_tied_or_turned_round_is_read_in_few_reads(store: Store, read_by
     read_bytes.clear()
     assert len(store.manager.diff(*ids).changed) == 52
     assert read_bytes.count("model.safetensors") <= 2 * (2 + 1 + 3), "two of the head, one to verify, three arrays"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_tiles_have_each_element_once_with_its_counterpart(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)))
+
+    def array_of(order: list[int]) -> SavedArray:
+        strides, reach = [0] * len(shape), 1
+        for axis in order:
+            strides[axis] = data.draw(st.sampled_from([reach, reach, reach, 0]))
+            reach *= shape[axis] + data.draw(st.integers(0, 1))
+        return SavedArray("model", "w", "float32", shape, tuple(strides), data.draw(st.integers(0, 3)), reach)
+
+    a, b = (array_of(data.draw(st.permutations(range(len(shape))))) for _ in range(2))
+    made = tiles(a, b, data.draw(st.integers(1, 4)))
+    if made is None:
+        return
+    found = [(y + j, x + i) for tile in made for i, y in enumerate(tile.a) for j, x in enumerate(tile.b)]
+    places = product(*map(range, shape))
+    expected = [[sum(map(mul, place, side.strides), side.offset) for side in (a, b)] for place in places]
+    assert sorted(found) == sorted(map(tuple, expected))
 
 
 @needs_torch

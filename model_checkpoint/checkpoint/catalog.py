@@ -104,6 +104,11 @@ class CheckpointCatalog(CheckpointEvents):
             records = [r for r in records if self._is_of_type(r, checkpoint_type)]
         return [self._describe(record, include_metadata) for record in records]
 
+    @property
+    def experiment_id(self) -> str | None:
+        """The experiment of the manager's tracker, or None without one."""
+        return self._whose(None)
+
     def best_direction(self, metric: str) -> str:
         """Return ``min`` or ``max``: what the best value of a metric is, see ``best_metrics``."""
         return direction(metric, self._best_metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from model_checkpoint.checkpoint.decoding import Decoder
 from model_checkpoint.checkpoint.diff import CheckpointDiff, Form, TensorDiff, ValueDiff
 from model_checkpoint.checkpoint.differences import Difference, difference
-from model_checkpoint.checkpoint.pieces import SavedArray, StoredArrays, runs, saved_array
+from model_checkpoint.checkpoint.pieces import SavedArray, StoredArrays, Tile, runs, saved_array, tiles
 from model_checkpoint.checkpoint.reader import CheckpointReader, not_stored
 from model_checkpoint.checkpoint.restoring import CheckpointRestoring
 from model_checkpoint.checkpoint.selection import check_keys, children, key_text, references
@@ -25,6 +25,8 @@ from model_checkpoint.utils.optional import find
 from model_checkpoint.utils.parallel import run
 
 _PIECE = 1 << 20  # bytes of each side at once; a multiple of every element's size
+_CODES: dict[int, Any] = {1: "B", 2: "H", 4: "I", 8: "Q"}  # bytes of an element -> a code of that size
+_BYTES = ("bytes", "bytearray")
 _PROGRESS = ("epoch", "step", "loss", "val_loss")
 
 
@@ -70,6 +72,7 @@ class _Side(NamedTuple):
     reader: CheckpointReader
     arrays: dict[str, SavedArray]  # by path
     values: dict[str, Any]  # path -> a node of the tree
+    types: dict[str, list[Any]]  # path -> of what is no text or array in it: keys, and whether the array is bytes
     stored: StoredArrays
 
 
@@ -92,7 +95,7 @@ def compare(a: CheckpointReader, b: CheckpointReader, keys: Sequence[str] | None
                 f"keys: nothing in either checkpoint matches {min(unused)!r}; they have {len(known)} that match others"
             )
         tensors = _compare_arrays(*sides)
-    nodes = _differing(*(side.values for side in sides))
+    nodes = _differing(*(side.values for side in sides)) | _differing_types(*sides)
     random = {path.split(".")[1] for path in nodes if path.startswith("rng.")}
     told = [decode_details(reader.manifest.values) for reader in (a, b)]
     return CheckpointDiff(
@@ -105,14 +108,15 @@ def compare(a: CheckpointReader, b: CheckpointReader, keys: Sequence[str] | None
             if not path.startswith("rng.")
         },
         random=tuple(sorted(random)),
-        config=_differing(*(dict(_settings(values["config"])) for values in told)),
+        config=_differing_configs(*(values["config"] for values in told)),
         metrics=_differing(*(values["metrics"] for values in told)),
         progress=_differing(*({name: values[name] for name in _PROGRESS} for values in told)),
     )
 
 
 def _side(reader: CheckpointReader, keys: Sequence[str] | None, unused: set[str], stack: ExitStack) -> _Side:
-    side = _Side(reader, {}, {}, StoredArrays(reader, stack))
+    side = _Side(reader, {}, {}, {}, StoredArrays(reader, stack))
+    names: set[str] = set()
 
     def matches(path: str) -> bool:
         found = [pattern for pattern in keys or () if fnmatchcase(path, pattern)]
@@ -121,22 +125,36 @@ def _side(reader: CheckpointReader, keys: Sequence[str] | None, unused: set[str]
 
     with reader.decoding():
         for component, tree in reader.tree().items():
-            for path, node in _leaves(tree, component, matches, keys is None):
-                name, copies = path, 1
-                while name in side.arrays or name in side.values:  # {"a.b": x, "a": {"b": y}}
-                    copies += 1
-                    name = f"{path}#{copies}"
+            for path, types, node in _leaves(tree, component, (), matches, keys is None):
+                name = _numbered(path, names)
+                names.add(name)
                 if isinstance(node, dict) and ("$array" in node or "$view" in node):
                     side.arrays[name] = saved_array(node)
+                    kind = node.get("base", node)["kind"]
+                    types = (*types, kind) if kind in _BYTES else types
                 else:
                     side.values[name] = node
+                if types:
+                    side.types[name] = [*types]
     return side
 
 
-def _leaves(tree: Any, path: str, matches: Callable[[str], bool], taken: bool) -> Iterator[tuple[str, Any]]:
-    """Yield path and node of all that holds nothing else, and is within what ``matches`` or was ``taken``."""
+def _numbered(name: str, taken: Container[str]) -> str:
+    """Return ``name``, or where that is taken, as in ``{"a.b": x, "a": {"b": y}}``, with a number behind it."""
+    free, copies = name, 1
+    while free in taken:
+        copies += 1
+        free = f"{name}#{copies}"
+    return free
+
+
+def _leaves(
+    tree: Any, path: str, types: tuple[Any, ...], matches: Callable[[str], bool], taken: bool
+) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+    """Yield of all that holds nothing else, and is within what ``matches`` or was ``taken``: path, types, node."""
     taken = matches(path) or taken
     if isinstance(tree, dict) and "$key" in tree:
+        yield from _leaves(tree["$key"], f"{path}.impl", types, matches, taken)
         tree = tree["data"]
     pairs = children(tree)
     if pairs is None and isinstance(tree, dict) and tree.keys() & {"$set", "$frozenset"}:
@@ -145,9 +163,10 @@ def _leaves(tree: Any, path: str, matches: Callable[[str], bool], taken: bool) -
             pairs = list(enumerate(tree[tag]))
         tree = {tag: sorted(tree[tag], key=json.dumps)}  # their order says nothing
     for key, child in pairs or ():
-        yield from _leaves(child, f"{path}.{key_text(key)}", matches, taken)
+        inner = types if isinstance(key, str) else (*types, key)
+        yield from _leaves(child, f"{path}.{key_text(key)}", inner, matches, taken)
     if not pairs and taken:
-        yield path, tree
+        yield path, types, tree
 
 
 def _decoded(reader: CheckpointReader, node: Any) -> Any:
@@ -168,11 +187,29 @@ def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _differing_types(a: _Side, b: _Side) -> dict[str, ValueDiff]:
+    """Return what differs in nothing but its type, with that as its value: ``{1: x}`` and ``{"1": x}``."""
+    both = sorted((a.types.keys() | b.types) & (a.arrays.keys() & b.arrays | a.values.keys() & b.values))
+    return _differing(*({f"{path} (type)": side.types.get(path, []) for path in both} for side in (a, b)))
+
+
+def _differing_configs(before: Any, after: Any) -> dict[str, ValueDiff]:
+    """Return what differs of two configs, by dotted names; of what has the same names, or none, all of it."""
+    return _differing(_settings(before), _settings(after)) or _differing({"config": before}, {"config": after})
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in _entries(config, ""):
+        found[_numbered(name, found)] = value
+    return found
+
+
+def _entries(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield dotted name and value of all that a config has, lists by index."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs = sorted(value.items()) if isinstance(value, dict) else [*enumerate(value)] if isinstance(value, list) else []
     for key, item in pairs:
-        yield from _settings(item, f"{name}.{key}" if name else str(key))
+        yield from _entries(item, f"{name}.{key}" if name else str(key))
     if name and not pairs:
         yield name, value
 
@@ -238,6 +275,12 @@ def _difference(
 ) -> Difference:
     """Return how two arrays of one dtype and shape differ; ``memory`` is of a piece for each, and is overwritten."""
     dtype, size = a[1].dtype, a[1].itemsize
+    turned = tiles(a[1], b[1], math.isqrt(_PIECE // size)) if size in _CODES else None
+    if turned is not None:
+        found = Difference()
+        for tile in turned:
+            found = found.joined(difference(dtype, *_read_tile(a, b, tile, memory), np))
+        return found
     found, filled = Difference(), 0
     for first_a, first_b, count in runs(a[1], b[1]):
         done = 0
@@ -254,3 +297,20 @@ def _difference(
             if filled == _PIECE:
                 found, filled = found.joined(difference(dtype, memory[0], memory[1], np)), 0
     return found.joined(difference(dtype, memory[0][:filled], memory[1][:filled], np))
+
+
+def _read_tile(
+    a: tuple[_Side, SavedArray], b: tuple[_Side, SavedArray], tile: Tile, memory: Sequence[memoryview]
+) -> tuple[memoryview, memoryview]:
+    """Return the elements of a tile by rows; of the second array they are read by columns, and turned in memory."""
+    size = a[1].itemsize
+    for side, firsts, count, whole in ((a, tile.a, tile.columns, memory[0]), (b, tile.b, tile.rows, memory[1])):
+        for place, first in enumerate(firsts):
+            _read(*side, first, whole[place * count * size : (place + 1) * count * size])
+    nbytes = tile.rows * tile.columns * size
+    columns = memory[1][:nbytes].cast(_CODES[size])
+    made = memoryview(bytearray(nbytes))
+    rows = made.cast(_CODES[size])
+    for column in range(tile.columns):
+        rows[column :: tile.columns] = columns[column * tile.rows : (column + 1) * tile.rows]
+    return memory[0][:nbytes], made

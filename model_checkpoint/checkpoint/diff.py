@@ -74,8 +74,10 @@ class CheckpointDiff:
         before, after: ids of the first and of the second checkpoint.
         tensors: path, as ``keys`` of ``load_checkpoint`` has it (``model.encoder.weight``) -> every array of both.
         values: path -> what is no array and differs. What kind of dict or sequence holds it does not count, nor the
-            order of a dict's keys.
-        config: dotted name -> what differs of the config given to the saves.
+            order of a dict's keys, nor whether arrays are tied. Where keys are equal as text only, as 1 and ``"1"``, or
+            only one of two arrays is bytes, it is under ``<path> (type)``.
+        config: dotted name -> what differs of the config given to the saves; ``config`` for all of it, where that is no
+            dict or list.
         metrics: name -> what differs of the metrics.
         progress: which of ``epoch``, ``step``, ``loss`` and ``val_loss`` differ.
         random: whose random states differ, such as ``numpy``.

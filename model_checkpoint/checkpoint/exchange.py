@@ -16,12 +16,13 @@ from model_checkpoint.checkpoint.arguments import check_choice, check_flags, int
 from model_checkpoint.checkpoint.calls import SaveCall
 from model_checkpoint.checkpoint.comparison import CheckpointComparison
 from model_checkpoint.checkpoint.events import payload
+from model_checkpoint.checkpoint.foreign.files import can_be_path
 from model_checkpoint.checkpoint.foreign.target import format_of, publish
 from model_checkpoint.checkpoint.reader import CheckpointReader
 from model_checkpoint.checkpoint.state import encode
 from model_checkpoint.database.checkpoints import details_of
 from model_checkpoint.database.models import CheckpointRecord
-from model_checkpoint.errors import ConfigurationError, UnsupportedValueError
+from model_checkpoint.errors import ConfigurationError, FormatError, UnsupportedValueError
 from model_checkpoint.hooks import HookEvent
 from model_checkpoint.utils.jsonable import text, to_jsonable, to_number
 
@@ -104,8 +105,11 @@ class CheckpointExchange(CheckpointComparison):
         if found.left_out:
             log.warning("import of %s: left out %s", given, ", ".join(found.left_out))
         wanted = {name: value for name, value in values.items() if value is not None}
+        if "config" not in wanted:
+            _check_config(found.config, given)
         values = {**{name: getattr(found, name) for name in _FACTS}, **wanted}
-        values["notes"] = _notes(values.get("notes"), os.path.basename(given), found.left_out)
+        notes = None if values.get("notes") is None else text(values["notes"], "notes")
+        values["notes"] = _notes(notes, os.path.basename(given), found.left_out)
         if not copy:
             return self._adopt(found, experiment_id, values, started)
         states = (found.model, found.optimizer, found.scheduler)
@@ -135,6 +139,8 @@ class CheckpointExchange(CheckpointComparison):
         )
         self._take_turn(False)
         state = encode(found.components())
+        if found.backend == "safetensors" and not _named_as_stored(found.model, state.arrays.get("model", {})):
+            raise ConfigurationError("a tensor's name is empty, which has no place in a checkpoint; use copy=True")
         self._fire(HookEvent.BEFORE_CHECKPOINT_SAVE, payload(record), record.id, experiment_id)
         self._take_turn(False)  # of a hook, or of another thread
         known = self._experiments[experiment_id][1]
@@ -152,7 +158,9 @@ class CheckpointExchange(CheckpointComparison):
     ) -> str:
         """Write a checkpoint for other tools. Every byte is compared with its digest before it is written anew.
 
-        It is written beside ``path``, made durable and renamed: whatever fails, what was there is there still.
+        It is written beside ``path``, made durable and renamed: whatever fails, what was there is there still. A folder
+        that replaces another changes names with it; where the system cannot do that at once (other than Linux), a kill
+        in that moment leaves the old one beside ``path``, as ``.<id>.old``.
 
         Args:
             checkpoint_id: which.
@@ -168,7 +176,8 @@ class CheckpointExchange(CheckpointComparison):
             their metadata, as ``safetensors.torch.save_model`` does.
 
         Raises:
-            ConfigurationError: the format cannot be told, ``path`` exists, or there are no tensors.
+            ConfigurationError: the format cannot be told, ``path`` exists, is in the checkpoint directory or the
+                database, or there are no tensors.
             UnsupportedValueError: SafeTensors cannot hold a tensor; the text names it.
             CheckpointNotFoundError, IntegrityError, HookVetoError, SaveFailedError, MissingDependencyError: as from
                 ``load_checkpoint``.
@@ -177,6 +186,7 @@ class CheckpointExchange(CheckpointComparison):
         self._settle()
         target = _absolute(path)
         check_flags(overwrite=overwrite)
+        self._refuse_own(target)
         chosen = format_of(target) if format is None else format
         check_choice("format", chosen, foreign.WRITERS)
         wanted = {"model", "optimizer", "scheduler", "extra"} if chosen == "pt" else {"model"}
@@ -195,21 +205,35 @@ class CheckpointExchange(CheckpointComparison):
         publish(target, chosen == "huggingface", overwrite, write)
         return target
 
+    def _refuse_own(self, target: str) -> None:
+        """Raise ConfigurationError if ``target`` is a place of the engine's own files."""
+        place = os.path.join(os.path.realpath(os.path.dirname(target)), os.path.basename(target))
+        folder, database = (os.path.realpath(own) for own in (self._directory.path, self._db.place))
+        if os.path.commonpath([folder, place]) == folder or place == database or place.startswith(f"{database}-"):
+            raise ConfigurationError(f"{target} is among the engine's own files; choose a path outside {folder}")
+
 
 def _absolute(path: Any) -> str:
     try:
         given = os.fspath(path)
-        if not isinstance(given, str) or not given or "\0" in given:
+        if not isinstance(given, str) or not given or not can_be_path(given):
             raise TypeError
     except TypeError:
         raise ConfigurationError(f"path must be the path of a file or folder, not {path!r}") from None
     return os.path.abspath(given)
 
 
+def _check_config(config: object, path: str) -> None:
+    try:
+        to_jsonable(config, "config")
+    except UnsupportedValueError as error:
+        raise FormatError(f"the config that {path} brings cannot be kept; give another with config=: {error}") from None
+
+
 def _notes(given: str | None, name: str, left_out: tuple[str, ...]) -> str:
-    printable = name.encode("utf-8", "backslashreplace").decode()
-    parts = [*([] if given is None else [given]), f"imported from {printable}"]
-    return "; ".join([*parts, f"left out: {', '.join(left_out)}"] if left_out else parts)
+    names = [part.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0") for part in (name, *left_out)]
+    parts = [*([] if given is None else [given]), f"imported from {names[0]}"]
+    return "; ".join([*parts, f"left out: {', '.join(names[1:])}"] if left_out else parts)
 
 
 def _tensors(model: object, checkpoint_id: str) -> tuple[dict[str, HostArray], dict[str, str]]:
@@ -241,6 +265,12 @@ def _tensors(model: object, checkpoint_id: str) -> tuple[dict[str, HostArray], d
     if left_out:
         log.warning("export of %s: SafeTensors holds tensors only, left out %s", checkpoint_id, ", ".join(left_out))
     return tensors, ties
+
+
+def _named_as_stored(model: object, arrays: Mapping[str, HostArray]) -> bool:
+    """Whether arrays have the names that the files have, where one that is tied has that of the first."""
+    first = {id(value): name for name, value in reversed(_leaves(model, ()))}
+    return arrays.keys() <= set(first.values())
 
 
 def _can_be_named(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -146,15 +146,66 @@ def runs(a: SavedArray, b: SavedArray) -> Iterator[tuple[int, int, int]]:
     """
     if 0 in a.shape:
         return
+    axes = _axes(a, b)
+    together = axes.pop()[2] if axes and axes[-1][:2] == (1, 1) else 1
+    for first_a, first_b in _starts(axes, a.offset, b.offset):
+        yield first_a, first_b, together
+
+
+class Tile(NamedTuple):
+    """Elements of two arrays, of which one is stored by rows and the other by columns.
+
+    Attributes:
+        rows, columns: how many.
+        a: the number of the first element of each row in what was stored for the first array.
+        b: the number of the first element of each column in what was stored for the second.
+    """
+
+    rows: int
+    columns: int
+    a: Sequence[int]
+    b: Sequence[int]
+
+
+def tiles(a: SavedArray, b: SavedArray, side: int) -> Iterator[Tile] | None:
+    """Return how to read two arrays of one shape in tiles of at most ``side`` rows and columns, where one is turned.
+
+    None where they lie otherwise, or a row of one follows as a row of the other, which ``runs`` is for.
+    """
+    axes = [] if 0 in a.shape else _axes(a, b)
+    along_a = next((axis for axis in axes if axis[0] == 1), None)
+    along_b = next((axis for axis in axes if axis[1] == 1), None)
+    if along_a is None or along_b is None or along_a is along_b:
+        return None
+    others = [axis for axis in axes if axis is not along_a and axis is not along_b]
+    return _tiles(_starts(others, a.offset, b.offset), along_a, along_b, side)
+
+
+def _tiles(
+    starts: Iterator[tuple[int, int]], along_a: tuple[int, int, int], along_b: tuple[int, int, int], side: int
+) -> Iterator[Tile]:
+    (_, step_b, width), (step_a, _, height) = along_a, along_b
+    for first_a, first_b in starts:
+        for y in range(0, height, side):
+            for x in range(0, width, side):
+                rows, columns = min(side, height - y), min(side, width - x)
+                begin_a, begin_b = first_a + y * step_a + x, first_b + x * step_b + y
+                of_a: Sequence[int] = range(begin_a, begin_a + rows * step_a, step_a) if step_a else (begin_a,) * rows
+                of_b: Sequence[int] = (
+                    range(begin_b, begin_b + columns * step_b, step_b) if step_b else (begin_b,) * columns
+                )
+                yield Tile(rows, columns, of_a, of_b)
+
+
+def _axes(a: SavedArray, b: SavedArray) -> list[tuple[int, int, int]]:
+    """Return strides in both and length of the axes, from the longest stride of ``a``, as few as can be."""
     axes: list[tuple[int, int, int]] = []
     for of_a, of_b, length in sorted(zip(a.strides, b.strides, a.shape), reverse=True):
         if axes and axes[-1][:2] == (of_a * length, of_b * length):
             axes[-1] = (of_a, of_b, axes[-1][2] * length)
         elif length > 1:
             axes.append((of_a, of_b, length))
-    together = axes.pop()[2] if axes and axes[-1][:2] == (1, 1) else 1
-    for first_a, first_b in _starts(axes, a.offset, b.offset):
-        yield first_a, first_b, together
+    return axes
 
 
 def _starts(axes: list[tuple[int, int, int]], a: int, b: int) -> Iterator[tuple[int, int]]:

@@ -124,6 +124,16 @@ class ExperimentTable:
                 {"id": experiment_id, "metadata": dumps(metadata)},
             )
 
+    def claim(self, experiment_id: str, name: str, value: Any) -> bool:
+        """Set one name of the metadata, durably, unless it has that value; returns whether this call has set it."""
+        with self._db.transaction(durable=True) as connection:
+            # Two that claim it at once wait for each other here.
+            connection.execute("UPDATE experiments SET name = name WHERE id = :id", {"id": experiment_id})
+            if self._of("metadata", experiment_id).get(name) == value:
+                return False
+            self.update_metadata(experiment_id, {name: value})
+            return True
+
     def _of(self, column: str, experiment_id: str) -> dict[str, Any]:
         rows = self._db.query(f"SELECT {column} FROM experiments WHERE id = :id", {"id": experiment_id})
         if not rows:

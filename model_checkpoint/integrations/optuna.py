@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +13,13 @@ from model_checkpoint.database.models import ExperimentRecord
 from model_checkpoint.errors import UnsupportedValueError
 from model_checkpoint.tracking import ExperimentTracker, Queries
 from model_checkpoint.tracking.runs import named, newest_checkpoint
-from model_checkpoint.utils.jsonable import to_jsonable
+from model_checkpoint.utils.jsonable import short_text, text, to_jsonable
 from model_checkpoint.utils.optional import require
 
 __all__ = ["StudyTracker"]
 
 _optuna: Any = require("optuna", "optuna", "tracking a study")
-_STATUSES = {"COMPLETE": "completed", "PRUNED": "completed", "FAIL": "failed"}  # the tag tells the first two apart
+log = logging.getLogger(__name__)
 
 
 class StudyTracker:
@@ -30,7 +31,8 @@ class StudyTracker:
     ``failed`` for the last. The tracker's own ``metadata["optuna"]`` has ``study``, ``directions``, how many
     ``trials`` are in each state, and ``best``: a list (of the Pareto front where there are several objectives) of
     dicts with ``trial``, ``values``, ``params`` and ``experiment_id``. For one objective, its metric ``best_value``
-    has the best after each trial.
+    has the best after each trial. Parameters and attributes that are no JSON values are kept as their ``repr``, and of
+    intermediate values those whose step does not fit into 64 bits are left out.
 
     It may be used by many threads (``n_jobs``). Of a study in a shared storage, each process makes one of the same
     experiment; a trial has one experiment, whichever processes it runs in, and however often Optuna retries it.
@@ -82,7 +84,7 @@ class StudyTracker:
         lists one. Without a checkpoint it is a new one, and the first try's is ``interrupted``.
 
         When the block ends, the callback of this ``StudyTracker`` gives the experiment its values and status; an error
-        ends it as ``failed`` at once.
+        ends it as ``failed`` at once, and is raised also where the values cannot be noted, which is logged then.
 
         Args:
             trial: the ``optuna.Trial`` that the objective was called with.
@@ -95,11 +97,15 @@ class StudyTracker:
             yield run
         except _optuna.TrialPruned:
             raise
-        except (Exception, KeyboardInterrupt):  # Optuna fails the trial, and may end without calling back
-            self._end(self._pop(study, number) or run, study, _frozen(trial), "FAIL")
-            raise
-        except BaseException:  # the process ends, and Optuna never hears of it: the trial may be tried again
-            (self._pop(study, number) or run).close("interrupted")
+        except BaseException as error:
+            self._pop(study, number)
+            if isinstance(error, (Exception, KeyboardInterrupt)):  # Optuna fails it, and may end without calling back
+                try:
+                    self._end(run, study, _frozen(trial), "FAIL")
+                except Exception:
+                    log.exception("what trial %d came to could not be noted", number)
+            else:  # the process ends, and Optuna never hears of it: the trial may be tried again
+                run.close("interrupted")
             raise
 
     def __call__(self, study: Any, trial: Any) -> None:
@@ -121,7 +127,7 @@ class StudyTracker:
         run = self._pop(study, trial.number)
         if run is None:
             found = self._child(study, trial)
-            if found is not None and found.status != "running":
+            if found is not None and found.metadata["optuna"] == _about(study, trial):
                 return
             run = self._start(study, trial) if found is None else self._resume(found.id)
         self._end(run, study, trial, trial.state.name)
@@ -141,7 +147,7 @@ class StudyTracker:
 
     def _start(self, study: Any, trial: Any) -> ExperimentTracker:
         about = {"study": study.study_name, "trial": _first_try(trial)}
-        return self._tracker.child(_name(trial), config=trial.params, metadata={"optuna": about})
+        return self._tracker.child(_name(trial), config=_plain(trial.params), metadata={"optuna": about})
 
     def _resume(self, experiment_id: str, at_checkpoint: str | None = None) -> ExperimentTracker:
         return ExperimentTracker.resume(
@@ -160,15 +166,20 @@ class StudyTracker:
         return None
 
     def _end(self, run: ExperimentTracker, study: Any, trial: Any, state: str) -> None:
-        run.log_hyperparameters(trial.params)
-        reported = sorted(trial.intermediate_values.items())
-        run.log_arrays("intermediate_value", [value for _, value in reported], [step for step, _ in reported])
-        if trial.values is not None:
-            run.log_metrics(dict(zip(_value_names(study), trial.values)))
-        about = {"study": study.study_name, "trial": _first_try(trial), "last_try": trial.number}
-        run.update_metadata({**{name: _plain(value) for name, value in trial.user_attrs.items()}, "optuna": about})
-        run.add_tags([state.lower()])
-        run.close(_STATUSES[state])
+        """Note what a trial came to, unless another process has, and close its experiment."""
+        try:
+            if self._tracker.database.experiments.claim(run.experiment_id, "optuna", _about(study, trial)):
+                run.log_hyperparameters(_plain(trial.params))
+                reported = [item for item in sorted(trial.intermediate_values.items()) if abs(item[0]) < 2**63]
+                run.log_arrays("intermediate_value", [value for _, value in reported], [step for step, _ in reported])
+                if trial.values is not None:
+                    run.log_metrics(dict(zip(_value_names(study, run.database.max_name), trial.values)))
+                run.update_metadata(
+                    {name: value for name, value in _plain(trial.user_attrs).items() if name != "optuna"}
+                )
+                run.add_tags([state.lower()])
+        finally:
+            run.close("failed" if state == "FAIL" else "completed")  # the tag tells COMPLETE and PRUNED apart
 
     def _note_best(self, study: Any, ended: Any) -> None:
         best = _best(study)
@@ -189,7 +200,7 @@ class StudyTracker:
         return {
             "trial": trial.number,
             "values": list(trial.values),
-            "params": dict(trial.params),
+            "params": _plain(trial.params),
             "experiment_id": experiment_id,
         }
 
@@ -208,9 +219,20 @@ def _name(trial: Any) -> str:
     return f"trial {_first_try(trial)}"
 
 
-def _value_names(study: Any) -> list[str]:
+def _about(study: Any, trial: Any) -> dict[str, Any]:
+    """Return what is noted of a trial that has ended: then, and only then, ``last_try``."""
+    return {"study": study.study_name, "trial": _first_try(trial), "last_try": trial.number}
+
+
+def _value_names(study: Any, limit: int) -> list[str]:
     count = len(study.directions)
-    return study.metric_names or (["value"] if count == 1 else [f"value_{i}" for i in range(count)])
+    names = ["value"] if count == 1 else [f"value_{i}" for i in range(count)]
+    for i, name in enumerate(study.metric_names or ()):
+        try:
+            names[i] = short_text(name, "metric name", limit)
+        except UnsupportedValueError as error:
+            log.warning("%s is kept instead: %s", names[i], error)
+    return names
 
 
 def _best(study: Any) -> list[Any]:
@@ -222,8 +244,16 @@ def _best(study: Any) -> list[Any]:
         return []
 
 
-def _plain(value: Any) -> Any:
-    try:
-        return to_jsonable(value, "user_attrs")
-    except UnsupportedValueError:
-        return repr(value)
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return names and values with the text of ``repr`` for those that cannot be stored."""
+    made = {}
+    for name, value in values.items():
+        try:
+            key = text(name, "name")
+        except UnsupportedValueError:
+            key = repr(name)
+        try:
+            made[key] = to_jsonable(value, key)
+        except UnsupportedValueError:
+            made[key] = repr(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return made

@@ -56,8 +56,8 @@ def train(trainer: Any, tracker: ExperimentTracker, manager: EnhancedCheckpointM
 
     Raises:
         ConfigurationError: transformers is older than 5.3, the Trainer runs in several processes, the metric that it
-            takes the best model by is best the other way round for the manager, or the newest checkpoint is not of
-            such training.
+            takes the best model by is best the other way round for the manager, the manager is of another run, or the
+            newest checkpoint is not of such training.
         IntegrityError: there are checkpoints, and none of them is sound.
         StateMismatchError: model, optimizer or scheduler are not like those that were saved.
         Whatever ``trainer.train``, saves and loads raise.
@@ -74,6 +74,11 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         self._random = _RandomStates()
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})  # step, metrics
         _check(trainer, manager)
+        if manager.experiment_id != tracker.experiment_id:
+            raise ConfigurationError(
+                f"the manager saves for experiment {manager.experiment_id}, but the tracker is of "
+                f"{tracker.experiment_id}; make the manager with this tracker"
+            )
 
     def train(self) -> Any:
         saved = self._newest()
@@ -109,14 +114,18 @@ class _Run(TrainerCallback):  # type: ignore[misc]
         found = self._manager.restore(extra_state=extra, strict="skip", restore_rng=False, on_corruption="fallback")[
             "_checkpoint_metadata"
         ]
-        if not extra["trainer"]:
+        try:
+            told = json.loads(extra["trainer"])
+        except ValueError:
+            told = None
+        if not isinstance(told, dict) or "last_logged" not in told:
             raise ConfigurationError(
                 f"checkpoint {found['checkpoint_id']} was not saved by train(), so a Trainer cannot go on from it; "
                 "use a tracker of another run"
             )
         self._checkpoint_id = found["checkpoint_id"]
         go_back(self._tracker, found["checkpoint_id"])
-        return json.loads(extra["trainer"])
+        return told
 
     @contextmanager
     def _in_charge(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from model_checkpoint.database import EnhancedDatabaseConnection
 from model_checkpoint.tracking import ExperimentTracker, Queries
+from model_checkpoint.utils.jsonable import text
 
 
 def resume_or_start(
@@ -21,6 +22,7 @@ def resume_or_start(
     """Go on with the newest run of this name that has a checkpoint, unless it has completed, or start a new one.
 
     So a script that is killed goes on when it is started again. Give runs that go on at the same time different names.
+    Runs that are another's children are not looked at.
 
     Args:
         experiment_name, project_name: which run; both are compared.
@@ -34,9 +36,10 @@ def resume_or_start(
     Raises:
         What ``ExperimentTracker`` raises.
     """
+    filter = f"parent is None and {named(experiment_name, project_name)}"
     database = EnhancedDatabaseConnection(database_url)
     try:
-        newest_first = Queries(database).search_experiments(named(experiment_name, project_name))
+        newest_first = Queries(database).search_experiments(filter)
         with_checkpoints = ((run, newest_checkpoint(database, run.id)) for run in newest_first)
         found, checkpoint_id = next((pair for pair in with_checkpoints if pair[1] is not None), (None, None))
     finally:
@@ -47,9 +50,14 @@ def resume_or_start(
 
 
 def named(experiment_name: str, project_name: str | None) -> str:
-    """Return a filter for the experiments of a name in a project, or in none."""
-    project = "is None" if project_name is None else f"== {project_name!r}"
-    return f"name == {experiment_name!r} and project {project}"
+    """Return a filter for the experiments of a name in a project, or in none.
+
+    Raises:
+        UnsupportedValueError: as from ``ExperimentTracker``, for names that are no text, or cannot be stored.
+    """
+    name = text(experiment_name, "experiment_name")
+    project = "is None" if project_name is None else f"== {text(project_name, 'project_name')!r}"
+    return f"name == {name!r} and project {project}"
 
 
 def newest_checkpoint(database: EnhancedDatabaseConnection, experiment_id: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # this file system, this kernel
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: begin to write the dirty pages of the range, wait for nothing
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _HUGE = 4 << 20  # bytes from which memory is worth whole huge pages (2 MiB on most machines)
 
 
@@ -27,6 +28,7 @@ def _find(name: str, *arguments: Any) -> Callable[..., int] | None:
 
 
 _fallocate = _find("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_renameat2 = _find("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 _sync_file_range = _find("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
@@ -54,13 +56,25 @@ def start_writeback(descriptor: int, offset: int, size: int) -> None:
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def _call(function: Callable[..., int], *arguments: int) -> None:
+def exchange(one: str, other: str) -> bool:
+    """Let two files or folders of one file system change their names, at once; returns False where that cannot be.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return _renameat2 is not None and _call(_renameat2, *arguments)
+
+
+def _call(function: Callable[..., int], *arguments: int | bytes) -> bool:
+    """Return whether it is done; False where it is unsupported."""
     while function(*arguments):
         error = ctypes.get_errno()
         if error in _UNSUPPORTED:
-            return
+            return False
         if error != errno.EINTR:
             raise OSError(error, os.strerror(error))
+    return True
 
 
 def fresh_memory(size: int) -> memoryview:

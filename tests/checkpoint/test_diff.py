@@ -11,6 +11,8 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import product
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from model_checkpoint import CheckpointDiff, TensorDiff
 from model_checkpoint.arrays import DTYPES
 from model_checkpoint.checkpoint.comparison import compare
 from model_checkpoint.checkpoint.differences import Difference, difference
+from model_checkpoint.checkpoint.pieces import SavedArray, tiles
 from model_checkpoint.checkpoint.reader import CheckpointReader
 from model_checkpoint.errors import CheckpointNotFoundError, ConfigurationError, IntegrityError
 from model_checkpoint.hooks import HookEvent
@@ -529,6 +532,48 @@ def test_what_is_tied_or_turned_round_is_read_in_few_reads(store: Store, read_by
     assert read_bytes.count("model.safetensors") <= 2 * (2 + 1 + 3), "two of the head, one to verify, three arrays"
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_tiles_have_each_element_once_with_its_counterpart(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)))
+
+    def array_of(order: list[int]) -> SavedArray:
+        strides, reach = [0] * len(shape), 1
+        for axis in order:
+            strides[axis] = data.draw(st.sampled_from([reach, reach, reach, 0]))
+            reach *= shape[axis] + data.draw(st.integers(0, 1))
+        return SavedArray("model", "w", "float32", shape, tuple(strides), data.draw(st.integers(0, 3)), reach)
+
+    a, b = (array_of(data.draw(st.permutations(range(len(shape))))) for _ in range(2))
+    made = tiles(a, b, data.draw(st.integers(1, 4)))
+    if made is None:
+        return
+    found = [(y + j, x + i) for tile in made for i, y in enumerate(tile.a) for j, x in enumerate(tile.b)]
+    places = product(*map(range, shape))
+    expected = [[sum(map(mul, place, side.strides), side.offset) for side in (a, b)] for place in places]
+    assert sorted(found) == sorted(map(tuple, expected))
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32", "float64"])
+def test_an_array_that_is_stored_turned_round_is_read_in_tiles(
+    store: Store, read_bytes: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(comparison, "_PIECE", 64 * 64 * 8)
+    base = torch.arange(3 * 200 * 150).remainder(120).to(getattr(torch, dtype)).reshape(3, 200, 150)
+    turned = base.transpose(1, 2)
+    dense = turned.contiguous()
+    saved = store.save({"b": base, "t": turned})
+    for differing in (0, 1):
+        dense[1, 140, 7] += differing
+        read_bytes.clear()
+        other = store.save({"b": base, "t": dense})
+        for pair in ((saved, other), (other, saved)):
+            found = store.manager.diff(*pair).tensors["model.t"]
+            assert (found.differing, found.max_abs, found.elements) == (differing, differing, 90_000)
+        assert len(read_bytes) < 2 * 90_000 / 10
+
+
 def test_reading_a_file_twice_does_not_count_as_reading_another(tmp_path: Path) -> None:
     store = Store(tmp_path / "s", enable_compression=True, max_shard_size=100)
     parts = [{"m": array("d", [2, 3])} for _ in range(3)]
@@ -587,6 +632,65 @@ def damage(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("hello", "bye"),
+        ("x", None),
+        ([], None),
+        ({}, []),
+        ({"": 1}, {"": 2}),
+        ({"a": []}, {}),
+        ({"a": [1]}, {"a": {"0": 1}}),
+        ({"a.b": 1, "a": {"b": 2}}, {"a.b": 9, "a": {"b": 2}}),
+        ({"a.b": 1, "a": {"b": 2}}, {"a.b": 1, "a": {"b": 9}}),
+    ],
+    ids=str,
+)
+def test_no_difference_of_configs_is_overlooked(store: Store, before: Any, after: Any) -> None:
+    ids = [store.save({"w": 1}, config=config) for config in (before, after)]
+    for pair in (ids, ids[::-1]):
+        found = store.manager.diff(*pair)
+        assert found.config
+        assert not found.identical
+    assert store.manager.diff(ids[0], ids[0]).identical
+
+
+def test_the_order_of_a_configs_keys_does_not_count(store: Store) -> None:
+    configs: list[Any] = [{"a.b": 1, "a": {"b": 2}}, {"a": {"b": 2}, "a.b": 1}]
+    assert store.manager.diff(*(store.save({"w": 1}, config=config) for config in configs)).identical
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({1: 5}, {"1": 5}),
+        ({None: array("d", [5])}, {"None": array("d", [5])}),
+        ({(1, 2): 5}, {1: {2: 5}}),
+        (b"a", array("B", b"a")),
+        (b"a", bytearray(b"a")),
+    ],
+    ids=str,
+)
+def test_keys_and_bytes_that_only_look_the_same_differ(store: Store, before: Any, after: Any) -> None:
+    for states in ((before, after), (after, before)):
+        found = diff(store, *({"x": state} for state in states))
+        assert [path.rpartition(" ")[2] for path in found.values] == ["(type)"]
+        assert not found.same_state
+    assert diff(store, {"x": before}, {"x": before}).same_state
+    assert diff(store, {"x": {1: 5}}, {"x": {1: 5, 2: 6}}).values.keys() == {"model.x.2"}
+
+
+def test_typed_keys_of_other_kinds_differ(store: Store) -> None:
+    random = pytest.importorskip("jax.random")
+    first, other = (random.key(0, impl=impl) for impl in ("rbg", "unsafe_rbg"))
+    found = diff(store, {"k": first}, {"k": other})
+    assert (found.values["model.k.impl"].before, found.values["model.k.impl"].after) == ("rbg", "unsafe_rbg")
+    assert found.tensors["model.k"].status == "same"
+    assert not diff(store, {"k": first}, {"k": random.key_data(first)}).same_state
+    assert diff(store, {"k": first}, {"k": first}).same_state
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from model_checkpoint.errors import (
     FormatError,
     IntegrityError,
     ModelCheckpointError,
+    StorageError,
     UnsupportedValueError,
 )
 
@@ -147,6 +149,58 @@ def test_what_is_given_as_none_is_what_the_file_says(manager: EnhancedCheckpoint
         assert (loaded["epoch"], loaded["step"], loaded["loss"]) == (7, 123, 0.25)
 
 
+def test_whole_floats_are_integers(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3.0, "step": 1.5}, tmp_path / "m.pt")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.pt"))
+    assert (loaded["epoch"], loaded["step"], loaded["extra_state"]) == (3, 0, {"step": 1.5})
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_what_is_exported_without_a_model_comes_in_without_one(
+    manager: EnhancedCheckpointManager, tmp_path: Path, copy: bool
+) -> None:
+    saved = manager.save_checkpoint(None, {"lr": 1, "m": torch.ones(2)}, epoch=3, extra_state={"e": 1})
+    path = manager.export_checkpoint(saved, tmp_path / "m.pt")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(path, copy=copy))
+    assert (loaded["model_state_dict"], loaded["epoch"], loaded["extra_state"]) == (None, 3, {"e": 1})
+    assert equal(loaded["optimizer_state_dict"], {"lr": 1, "m": torch.ones(2)})
+
+
+def test_what_lies_too_deep_in_a_lightning_file_is_left_out(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(3000):
+        deep = {"k": deep}
+    content = {"state_dict": {"w": torch.ones(1)}, "pytorch-lightning_version": "2", "callbacks": deep, "a": 1}
+    with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+        torch.save({**content, "callbacks": "here"}, tmp_path / "shallow.ckpt")
+        with zipfile.ZipFile(tmp_path / "shallow.ckpt") as shallow:
+            for name in shallow.namelist():
+                text = shallow.read(name)
+                if name.endswith("data.pkl"):
+                    place = text.index(b"X\x04\x00\x00\x00here")
+                    end = text[place + 9 :].lstrip(b"q")[1:]
+                    text = text[:place] + b"}X\x01\x00\x00\x00k" * 3000 + b"}" + b"s" * 3000 + end
+                archive.writestr(name, text)
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.ckpt"))
+    assert loaded["extra_state"]["a"] == 1
+    assert ".k.k.k" in manager.list_checkpoints()[0]["notes"]
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [(b"\x80\x02000.", "Unsupported operand 48"), (b"\x80\x02}", "EOFError"), (b"h\xff.", "KeyError")],
+)
+def test_of_a_damaged_pickle_the_reason_is_told_and_no_advice_to_trust_it(
+    manager: EnhancedCheckpointManager, tmp_path: Path, pickled: bytes, reason: str
+) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        for name, content in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"}.items():
+            archive.writestr(f"archive/{name}", content)
+    with pytest.raises(FormatError, match=reason) as refused:
+        manager.import_checkpoint(tmp_path / "m.pt")
+    assert "weights_only" not in str(refused.value)
+
+
 def test_what_only_looks_like_a_fact_is_kept_as_extra_state(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
     content = {"state_dict": {"w": torch.ones(2)}, "epoch": "third", "metrics": [1], "step": None, "unknown": None}
     torch.save(content, tmp_path / "odd.pt")
@@ -208,6 +262,18 @@ def test_safetensors_come_in_bit_for_bit(
     loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.safetensors", copy=copy))
     assert equal(dict(sorted(loaded["model_state_dict"].items())), dict(sorted(state.items())))
     assert loaded["config"] == {"run": "7"}
+
+
+@pytest.mark.parametrize("metadata", [None, {"model": ""}], ids=["alone", "tied"])
+def test_a_name_that_a_checkpoint_cannot_have_is_refused_in_place(
+    manager: EnhancedCheckpointManager, tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    safetensors_torch.save_file({"": torch.ones(2), "b": torch.ones(1)}, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(ConfigurationError, match="copy=True"):
+        manager.import_checkpoint(tmp_path / "m.safetensors", copy=False)
+    assert nothing_left(manager, tmp_path / "c")
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.safetensors"))["model_state_dict"]
+    assert equal(loaded[""], torch.ones(2))
 
 
 def test_numpy_files_come_in_as_numpy_arrays(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
@@ -311,6 +377,29 @@ def lie(path: Path) -> None:
             archive.writestr(name, content)
 
 
+def expand(path: Path) -> None:
+    """Tell of 4 GiB, of which there are 4 bytes."""
+    torch.save({"w": torch.zeros(1).expand(2**30)}, path)
+
+
+def expand_beyond_memory(path: Path) -> None:
+    torch.save({"w": torch.zeros(1).expand(2**42)}, path)
+
+
+def share(path: Path) -> None:
+    """Tell of ten million values, of which there are 70."""
+    values: Any = [1]
+    for _ in range(7):
+        values = [values] * 10
+    torch.save({"model": {"w": torch.ones(1)}, "x": values}, path)
+
+
+def hold_itself(path: Path) -> None:
+    content: dict[str, Any] = {"state_dict": {"w": torch.ones(1)}, "pytorch-lightning_version": "2"}
+    content["callbacks"] = {"all": content}
+    torch.save(content, path)
+
+
 def code(path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -320,7 +409,7 @@ def code(path: Path) -> None:
 
 
 @pytest.mark.parametrize("copy", [True, False])
-@pytest.mark.parametrize("harm", [cut, bomb, lie, code])
+@pytest.mark.parametrize("harm", [cut, bomb, lie, code, expand, expand_beyond_memory, share, hold_itself])
 def test_hostile_torch_files_are_refused_and_leave_nothing(
     manager: EnhancedCheckpointManager, tmp_path: Path, harm: Callable[[Path], None], copy: bool
 ) -> None:
@@ -613,3 +702,138 @@ def test_exports_that_cannot_be_are_refused(manager: EnhancedCheckpointManager, 
     with pytest.raises(ModelCheckpointError, match="no such folder"):
         manager.export_checkpoint(saved, tmp_path / "no" / "m.pt")
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith("experiments.db")] == ["c"]
+
+
+def test_the_engines_own_files_are_no_place_for_an_export(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    folder = Path(manager.list_checkpoints()[0]["path"])
+    (tmp_path / "link").symlink_to(folder)
+    database = Path(manager._db.place)
+    for target in (folder / "model.safetensors", folder / "new.pt", folder, tmp_path / "link" / "new.pt", database):
+        for overwrite in (True, False):
+            with pytest.raises(ConfigurationError, match="engine's own"):
+                manager.export_checkpoint(saved, target, overwrite=overwrite, format="pt")
+    assert manager.verify_experiment_integrity()["failed"] == 0
+    manager.export_checkpoint(saved, f"{database}.pt")
+
+
+OLD = """
+import os, signal, sys
+from model_checkpoint import EnhancedCheckpointManager
+manager = EnhancedCheckpointManager(None, sys.argv[1], database_url=sys.argv[2])
+rename = os.rename
+def then_die(*arguments):
+    rename(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename = then_die
+manager.export_checkpoint(sys.argv[3], sys.argv[4], overwrite=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="folders can be exchanged at once on Linux only")
+def test_a_folder_is_replaced_at_once(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    ids = [manager.save_checkpoint({"w": torch.full((2,), float(n))}) for n in range(2)]
+    manager.export_checkpoint(ids[0], tmp_path / "folder")
+    subprocess.run(
+        [sys.executable, "-c", OLD, str(tmp_path / "c"), manager._db.database_url, ids[1], str(tmp_path / "folder")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=60,
+    )
+    assert equal(safetensors_torch.load_file(tmp_path / "folder" / "model.safetensors"), {"w": torch.ones(2)})
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_replaced_folder_that_cannot_be_removed_is_told_of(
+    manager: EnhancedCheckpointManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at_once: bool,
+) -> None:
+    from model_checkpoint.checkpoint.foreign import target
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    ids = [manager.save_checkpoint({"w": torch.full((2,), float(n))}) for n in range(2)]
+    manager.export_checkpoint(ids[0], tmp_path / "folder")
+    monkeypatch.setattr(target, "remove_folder", refuse)
+    if not at_once:
+        monkeypatch.setattr(target, "exchange", lambda *_: False)
+    manager.export_checkpoint(ids[1], tmp_path / "folder", overwrite=True)
+    (left,) = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert str(left) in caplog.text
+    for folder, number in ((left, 0.0), (tmp_path / "folder", 1.0)):
+        assert equal(safetensors_torch.load_file(folder / "model.safetensors"), {"w": torch.full((2,), number)})
+
+
+def test_names_may_be_as_long_as_the_file_system_takes(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    assert os.path.exists(manager.export_checkpoint(saved, tmp_path / f"{'n' * 250}.pt"))
+    with pytest.raises(StorageError, match="the checkpoint itself is untouched"):
+        manager.export_checkpoint(saved, tmp_path / f"{'n' * 260}.pt")
+
+
+def test_a_full_disk_is_told_of_as_that_of_the_export(
+    manager: EnhancedCheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match="export a checkpoint: No space") as refused:
+        manager.export_checkpoint(saved, tmp_path / "m.pt")
+    assert "max_checkpoints" not in str(refused.value)
+    assert refused.value.filename == str(tmp_path / "m.pt")
+
+
+def test_folders_that_may_not_be_read_are_told_of(
+    manager: EnhancedCheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    manager.export_checkpoint(saved, tmp_path / "folder")
+    (tmp_path / "closed").mkdir()
+
+    def refuse(path: str = ".") -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "access", lambda path, mode: path != str(tmp_path / "closed"))
+        for name in ("folder", "closed"):
+            with pytest.raises(StorageError, match=f"import: Permission denied.*{name}"):
+                manager.import_checkpoint(tmp_path / name)
+        with pytest.raises(StorageError, match="export a checkpoint: Permission denied"):
+            manager.export_checkpoint(saved, tmp_path / "folder", overwrite=True)
+
+
+def test_names_that_are_no_text_are_refused_or_noted(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    saved = manager.save_checkpoint({"w": torch.ones(2)})
+    for call in (manager.import_checkpoint, lambda path: manager.export_checkpoint(saved, path, format="pt")):
+        with pytest.raises(ConfigurationError, match="must be the path"):
+            call(str(tmp_path / "x\ud800"))
+    shard_folder(tmp_path / "hf")
+    with pytest.raises(UnsupportedValueError, match="notes"):
+        manager.import_checkpoint(tmp_path / "hf", notes=5)
+    point("\ud800.safetensors")(tmp_path / "hf")
+    with pytest.raises(FormatError, match="cannot be one"):
+        manager.import_checkpoint(tmp_path / "hf")
+    manager.export_checkpoint(saved, tmp_path / "folder")
+    Path(os.fsdecode(os.fsencode(tmp_path / "folder") + b"/\xff.bin")).write_bytes(b"x")
+    manager.import_checkpoint(tmp_path / "folder")
+    assert manager.list_checkpoints()[-1]["notes"] == "imported from folder; left out: \\udcff.bin"
+
+
+@pytest.mark.parametrize("config", ['{"a": "\\u0000"}', "[" * 200 + "]" * 200], ids=["nul", "deep"])
+def test_a_config_that_cannot_be_kept_can_be_replaced(
+    manager: EnhancedCheckpointManager, tmp_path: Path, config: str
+) -> None:
+    shard_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(config)
+    for copy in (True, False):
+        with pytest.raises(FormatError, match="config="):
+            manager.import_checkpoint(tmp_path / "hf", copy=copy)
+        made = manager.import_checkpoint(tmp_path / "hf", config={"b": 1}, copy=copy)
+        assert manager.load_checkpoint(made)["config"] == {"b": 1}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,27 @@ def test_a_resumable_loader_gives_the_rest_of_its_epoch_and_leaves_random_states
     assert len(expected) == 6 + 10
 
 
-def test_a_loader_that_has_fewer_batches_than_were_seen_is_refused() -> None:
-    loader = ResumableLoader([1, 2, 3])
-    batches = iter(loader)
-    for _ in range(3):
-        next(batches)
-    shorter = ResumableLoader([1, 2])
-    shorter.load_state_dict(loader.state_dict())
-    with pytest.raises(ConfigurationError, match=r"3 batches of this epoch were seen before, and .* ends after 2"):
-        next(iter(shorter))
+def test_a_loader_of_other_data_is_refused() -> None:
+    class Stream:
+        def __init__(self, *batches: int) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(self.batches)
+
+    def first_of(loader: ResumableLoader, state: Any) -> Any:
+        loader.load_state_dict(state)
+        return next(iter(loader))
+
+    for make in (lambda *batches: list(batches), Stream):
+        loader = ResumableLoader(make(1, 2, 3))
+        batches = iter(loader)
+        for _ in range(3):
+            next(batches)
+        with pytest.raises(ConfigurationError, match=r"had 3 batches, and this one has 2|were seen .* ends after 2"):
+            first_of(ResumableLoader(make(1, 2)), loader.state_dict())
+    with pytest.raises(ConfigurationError, match="ResumableLoader needs a data loader"):
+        ResumableLoader(5)
 
 
 def test_what_does_not_fit_the_accelerator_is_refused(

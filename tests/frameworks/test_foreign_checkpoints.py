@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import json
 import os
 import pickle
@@ -202,6 +203,8 @@ def harm_orbax(path: Path, how: str) -> None:
     elif how == "lost":
         for file in data:
             file.unlink()
+    elif how == "pipe":
+        os.mkfifo(data[-1].parent / "pipe")
     elif how == "link":
         data[-1].rename(path.parent / "secret")
         data[-1].symlink_to(path.parent / "secret")
@@ -209,7 +212,7 @@ def harm_orbax(path: Path, how: str) -> None:
         (path / "_METADATA").write_text("{" if how == "metadata" else json.dumps({"tree_metadata": {}}))
 
 
-@pytest.mark.parametrize("how", ["cut", "lost", "link", "metadata", "tree"])
+@pytest.mark.parametrize("how", ["cut", "lost", "pipe", "link", "metadata", "tree"])
 def test_damaged_orbax_checkpoints_are_refused(manager: EnhancedCheckpointManager, tmp_path: Path, how: str) -> None:
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.StandardCheckpointer() as checkpointer:
@@ -368,8 +371,28 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+class EnumsByGetattr(pickle.Pickler):
+    """Pickles members of an Enum as Python 3.11.2 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_a_dcp_checkpoint_that_python_3_11_2_wrote_comes_in(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
+    model = trained()[0]
+    save_dcp({"model": model.state_dict()}, tmp_path / "dcp")
+    metadata = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())  # noqa: S301 - this test wrote it
+    with open(tmp_path / "dcp" / ".metadata", "wb") as file:
+        EnumsByGetattr(file, 4).dump(metadata)
+    assert b"getattr" in (tmp_path / "dcp" / ".metadata").read_bytes()
+    loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "dcp"))
+    assert equal(loaded["model_state_dict"], dict(model.state_dict()))
+
+
 def harm_dcp(path: Path, how: str) -> None:
-    if how == "code":
+    if how == "getattr":
+        (path / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(ctorch\nSize\nVmro\ntR.")
+    elif how == "code":
         (path / ".metadata").write_bytes(pickle.dumps(Evil(path.parent / "owned")))
     elif how == "class":  # which would change torch's own class for this process
         text = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}(Vversion\nctorch\nSize\nutb."
@@ -393,7 +416,7 @@ def harm_dcp(path: Path, how: str) -> None:
         rewrite_metadata(path, point)
 
 
-@pytest.mark.parametrize("how", ["code", "class", "cut", "lost", "garbage", "link", "outside"])
+@pytest.mark.parametrize("how", ["code", "getattr", "class", "cut", "lost", "garbage", "link", "outside"])
 def test_damaged_and_hostile_dcp_checkpoints_are_refused(
     manager: EnhancedCheckpointManager, tmp_path: Path, how: str
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
+from time import struct_time
 from typing import Any
 
 import pytest
@@ -367,6 +369,22 @@ class TestFlax:
         assert (target.head.kernel[...] == kept).all()
 
 
+ESTIMATORS = """
+from sklearn.ensemble import RandomForestClassifier as Forest
+from sklearn.linear_model import SGDRegressor
+x, y = [[i / 30, i % 3 / 7] for i in range(30)], [i % 2 for i in range(30)]
+made = {"forest": Forest(3, random_state=1).fit(x, y), "sgd": SGDRegressor(random_state=0).fit(x, y)}
+"""
+SAVE = """
+import hashlib, sys
+from model_checkpoint import EnhancedCheckpointManager, ExperimentTracker
+with ExperimentTracker("other", database_url=sys.argv[1]) as tracker:
+    manager = EnhancedCheckpointManager(tracker, sys.argv[2])
+    state = manager.load_checkpoint(manager.save_checkpoint(made))["model_state_dict"]
+    print(*(hashlib.sha256(state[name]["skops"]).hexdigest() for name in ("forest", "sgd")))
+"""
+
+
 class TestSklearn:
     def test_a_pipeline_comes_back_and_the_file_is_one_that_skops_reads(self, store: Store) -> None:
         sklearn = pytest.importorskip("sklearn")
@@ -384,6 +402,29 @@ class TestSklearn:
         assert store.manager.restore(target)["model"] is target
         assert (target.predict_proba(x) == saved.predict_proba(x)).all()
         assert sklearn.base.is_classifier(target)
+
+    def test_an_estimator_that_did_not_change_is_saved_as_the_same_bytes(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        skops = pytest.importorskip("skops.io")
+        names: dict[str, Any] = {}
+        exec(ESTIMATORS, names)
+        saved = store.save(names["made"])
+        with monkeypatch.context() as patch:
+            patch.setattr("time.localtime", lambda *_: struct_time((2001, 2, 3, 4, 5, 6, 5, 34, 0)))
+            later = store.save(names["made"])
+        assert store.manager.diff(saved, later).same_state
+        state = store.load(saved)["model_state_dict"]
+        command = [sys.executable, "-c", ESTIMATORS + SAVE, store.url, str(store.folder)]
+        told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert told.split() == [sha256(state[name]["skops"]).hexdigest() for name in ("forest", "sgd")]
+
+        target = {"forest": names["Forest"](), "sgd": names["SGDRegressor"]()}
+        store.manager.restore(target, checkpoint_id=saved)
+        assert store.manager.diff(saved, store.save(target)).same_state
+        assert (target["forest"].predict(names["x"]) == names["made"]["forest"].predict(names["x"])).all()
+        read = skops.loads(state["sgd"]["skops"])
+        assert (read.coef_ == names["made"]["sgd"].coef_).all()
 
     def test_objects_that_are_not_known_to_be_safe_are_named_and_not_made(self, store: Store) -> None:
         pytest.importorskip("skops")

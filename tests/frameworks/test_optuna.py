@@ -111,6 +111,99 @@ def test_an_error_that_ends_the_study_ends_the_trial(
     assert (run.status, run.tags) == (status, tags)
 
 
+class Choice:
+    """Something that is no JSON value."""
+
+    def __repr__(self) -> str:
+        return "Choice\0()"
+
+
+@pytest.mark.filterwarnings("ignore")  # Optuna's, of such choices
+def test_what_cannot_be_stored_is_kept_as_text(parent: ExperimentTracker) -> None:
+    study_tracker, choice = StudyTracker(parent), Choice()
+
+    def objective(trial: Any) -> float:
+        trial.suggest_categorical("choice", [choice])
+        trial.suggest_categorical("n\0l", [1])
+        trial.set_user_attr("a\0", "x\0")
+        trial.set_user_attr("optuna", "mine")
+        trial.report(1.0, 2**70)
+        trial.report(2.0, 5)
+        with study_tracker.trial(trial):
+            if trial.number == 1:
+                raise ArithmeticError("the user's own")
+            return 1.0
+
+    study = optuna.create_study(study_name="s")
+    study.set_metric_names(["n\0l"])
+    study.optimize(objective, n_trials=2, callbacks=[study_tracker], catch=ArithmeticError)
+
+    found = children(parent)
+    assert [(run.status, run.tags) for run in found.values()] == [("completed", ("complete",)), ("failed", ("fail",))]
+    for run in found.values():
+        assert run.config == {"choice": "Choice\\0()", "'n\\x00l'": 1}
+        assert run.metadata["'a\\x00'"] == "'x\\x00'"
+        assert points(parent.database.database_url, run.id)["intermediate_value"] == [(5, 2.0)]
+    assert points(parent.database.database_url, found["trial 0"].id)["value"] == [(None, 1.0)]
+    assert parent.record.metadata["optuna"]["best"][0]["params"] == found["trial 0"].config
+
+
+def test_the_users_own_error_is_raised_where_the_trial_cannot_be_noted(
+    parent: ExperimentTracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study_tracker = StudyTracker(parent)
+
+    def refuse(*_: object) -> None:
+        raise OSError("no space")
+
+    def objective(trial: Any) -> float:
+        with study_tracker.trial(trial) as run:
+            monkeypatch.setattr(run, "log_arrays", refuse)
+            raise ArithmeticError("the user's own")
+
+    with pytest.raises(ArithmeticError, match="the user's own"):
+        optuna.create_study(study_name="s").optimize(objective, n_trials=1, callbacks=[study_tracker])
+    assert children(parent)["trial 0"].status == "failed"
+    assert "no space" in caplog.text
+
+
+def test_a_trial_that_two_processes_see_ending_is_noted_once(parent: ExperimentTracker) -> None:
+    own = StudyTracker(parent)
+    other = StudyTracker(ExperimentTracker.resume(parent.experiment_id, parent.database.database_url))
+
+    def objective(trial: Any) -> float:
+        with own.trial(trial) as run:
+            run.log_metric("own", 7.0)
+            trial.report(3.0, 1)
+            return 1.0
+
+    study = optuna.create_study(study_name="s")
+    study.optimize(objective, n_trials=1, callbacks=[lambda study, _: other.sync(study), own])
+    own.sync(study)
+    run = children(parent)["trial 0"]
+    logged = points(parent.database.database_url, run.id)
+    assert logged == {"own": [(None, 7.0)], "intermediate_value": [(1, 3.0)], "value": [(None, 1.0)]}
+    assert (run.status, run.tags) == ("completed", ("complete",))
+    other.tracker.close()
+
+
+def test_sync_takes_in_a_trial_that_the_end_of_its_process_ended(parent: ExperimentTracker) -> None:
+    study_tracker = StudyTracker(parent)
+
+    def objective(trial: Any) -> float:
+        with study_tracker.trial(trial):
+            trial.set_user_attr("note", 1)
+            raise SystemExit
+
+    study = optuna.create_study(study_name="s")
+    with pytest.raises(SystemExit):
+        study.optimize(objective, n_trials=1, callbacks=[study_tracker])
+    study.tell(0, state=optuna.trial.TrialState.FAIL)
+    study_tracker.sync(study)
+    run = children(parent)["trial 0"]
+    assert (run.status, run.tags, run.metadata["note"]) == ("failed", ("fail",), 1)
+
+
 def test_several_objectives_have_their_names_and_a_pareto_front(parent: ExperimentTracker) -> None:
     study = optuna.create_study(study_name="s", directions=["minimize", "maximize"])
     study.set_metric_names(["cost", "gain"])

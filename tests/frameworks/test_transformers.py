@@ -234,7 +234,19 @@ def test_what_cannot_be_gone_on_with_is_refused_before_anything_is_trained(tmp_p
     with pytest.raises(ConfigurationError, match=r"best_metrics=\{'eval_f1': 'min'\}"):
         train(trainer, tracker, manager)
 
-    manager.save_checkpoint({"w": torch.zeros(1)})
-    with pytest.raises(ConfigurationError, match="was not saved by train"):
-        train(make_trainer(tmp_path), tracker, manager)
+    for foreign in (None, {"trainer": "x"}, {"trainer": "5"}, {"trainer": {"a": 1}}):
+        manager.save_checkpoint({"w": torch.zeros(1)}, extra_state=foreign)
+        with pytest.raises(ConfigurationError, match="was not saved by train"):
+            train(make_trainer(tmp_path), tracker, manager)
     assert tracker.get_metrics() == []
+
+
+def test_the_manager_of_another_run_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/experiments.db"
+    tracker, other = (ExperimentTracker(name, database_url=url) for name in ("bert", "other"))
+    for manager in (
+        EnhancedCheckpointManager(other, tmp_path / "checkpoints"),
+        EnhancedCheckpointManager(None, tmp_path / "checkpoints", database_url=url),
+    ):
+        with pytest.raises(ConfigurationError, match=tracker.experiment_id):
+            train(make_trainer(tmp_path), tracker, manager)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -9,7 +10,7 @@ from typing import Any
 
 from model_checkpoint.checkpoint.foreign.files import is_torch_file, open_file
 from model_checkpoint.checkpoint.foreign.parts import Foreign, Source, sort_parts
-from model_checkpoint.errors import ConfigurationError, FormatError
+from model_checkpoint.errors import ConfigurationError, FormatError, ModelCheckpointError, StorageError
 
 __all__ = ["WRITERS", "Foreign", "Source", "read", "take_apart", "writer"]
 
@@ -51,8 +52,13 @@ def read(source: Source) -> Foreign:
         MissingDependencyError: its format needs a package.
         StorageError: it cannot be read.
     """
-    function: Callable[[Source], Foreign] = _load(_READERS[_format_of(source.path)])
-    return function(source)
+    try:
+        function: Callable[[Source], Foreign] = _load(_READERS[_format_of(source.path)])
+        return function(source)
+    except ModelCheckpointError:
+        raise
+    except OSError as error:
+        raise StorageError("read a checkpoint to import", source.path, error, "check its permissions") from error
 
 
 def writer(format: str) -> Callable[..., None]:
@@ -77,6 +83,8 @@ def _load(target: str) -> Any:
 def _format_of(path: str) -> str:
     if os.path.isdir(path):
         found = next((format for mark, format in _MARKS.items() if os.path.lexists(os.path.join(path, mark))), None)
+        if found is None and not os.access(path, os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if found is None:
             raise ConfigurationError(
                 f"{path} is no folder of Hugging Face, Orbax or PyTorch DCP: none of {', '.join(_MARKS)} is there"

@@ -34,11 +34,24 @@ _RECORDS = {
     "TensorProperties",
     "_StorageInfo",
 }
+_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")  # of _MEM_FORMAT_ENCODING
+
+
+def _memory_format(encoding: object, name: object) -> int:
+    """Stand in for ``getattr``, with which Python 3.11.2 and the like pickle members of an Enum."""
+    if encoding is not int or name not in _FORMATS:
+        raise FormatError(
+            f"the metadata of a DCP checkpoint ask for {name!r} of {encoding!r}, which has no place there"
+        )
+    return _FORMATS.index(name)
+
+
 _VALUES: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): str,
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): int,
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): int,
+    ("builtins", "getattr"): _memory_format,
     ("collections", "OrderedDict"): OrderedDict,
 }
 _OPTIMIZERS = ("optimizer", "optim")

@@ -16,6 +16,7 @@ from model_checkpoint.utils.kernel import fresh_memory
 
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6: a pickle of its magic number
+_RATIO, _FLOOR = 1000, 1 << 30  # so much larger than its files may an array be; less than 1 GiB may be anything
 _MAX_JSON = 256 << 20  # bytes; an index of a million tensors has 100 MB
 
 
@@ -62,6 +63,14 @@ def read_whole(path: str) -> memoryview:
     return content
 
 
+def can_be_path(name: str) -> bool:
+    """Whether a file system could have it: nothing has NUL or half a surrogate pair in its name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def member(folder: str, name: object) -> str:
     """Return the path, without links, of the file ``name`` of a folder.
 
@@ -70,7 +79,7 @@ def member(folder: str, name: object) -> str:
     Raises:
         FormatError: there is no such file, or it is not in the folder.
     """
-    if not isinstance(name, str) or "\0" in name:
+    if not isinstance(name, str) or not can_be_path(name):
         raise FormatError(f"{folder} names a file {name!r}, which cannot be one")
     path = os.path.realpath(os.path.join(folder, name))
     homes = [folder]
@@ -84,11 +93,19 @@ def member(folder: str, name: object) -> str:
 
 
 def refuse_links(folder: str) -> None:
-    """Raise FormatError if there is a link anywhere in ``folder``, for formats that are read by their own package."""
+    """Raise FormatError if ``folder`` has anything but files and folders, for packages that follow what is there."""
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            if os.path.islink(os.path.join(place, name)):
-                raise FormatError(f"{os.path.join(place, name)} is a link; only files of the checkpoint are read")
+            path = os.path.join(place, name)
+            mode = os.lstat(path).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise FormatError(f"{path} is a link, a pipe or the like; only files of the checkpoint are read")
+
+
+def check_told(name: str, told: int, stored: int) -> None:
+    """Raise FormatError if arrays are said to have many more bytes than the files that they are in."""
+    if told > max(_FLOOR, stored * _RATIO):
+        raise FormatError(f"{name} has {stored:,} bytes, and says that its arrays have {told:,}")
 
 
 def read_json(path: str) -> Any:

@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from model_checkpoint.checkpoint.foreign.files import read_json, refuse_links
+from model_checkpoint.checkpoint.foreign.files import check_told, read_json, refuse_links
 from model_checkpoint.checkpoint.foreign.parts import Foreign, Source, sort_parts
 from model_checkpoint.errors import ConfigurationError, FormatError
 from model_checkpoint.utils.optional import require
 
 _TREE_MARKS = ("_METADATA", "manifest.ocdbt", "_sharding")
-_RATIO, _FLOOR = 1000, 1 << 30  # so much larger than its files may an array be; less than 1 GiB may be anything
 
 
 def read(source: Source) -> Foreign:
@@ -100,5 +99,4 @@ def _check_sizes(folder: str, leaves: list[Any]) -> None:
         for length in getattr(leaf, "shape", None) or ():
             size *= length
         told += size
-    if told > max(_FLOOR, stored * _RATIO):
-        raise FormatError(f"{folder} has {stored:,} bytes, and says that its arrays have {told:,}")
+    check_told(folder, told, stored)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from model_checkpoint.checkpoint.arguments import numbers
 from model_checkpoint.checkpoint.storage import LinkedFile, PlannedFile
 from model_checkpoint.errors import UnsupportedValueError
-from model_checkpoint.utils.jsonable import to_jsonable, to_number
+from model_checkpoint.utils.jsonable import MAX_DEPTH, to_jsonable, to_number
 
 
 class Source(NamedTuple):
@@ -68,7 +68,7 @@ _EXTRA = ("extra_state", "extra_state_dict")
 
 
 def _integer(value: Any) -> int:
-    number = operator.index(value)
+    number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
     if not -(2**63) <= number < 2**63:
         raise ValueError(number)
     return number
@@ -95,7 +95,9 @@ def sort_parts(content: object, model_names: Sequence[str] = _MODEL) -> Foreign:
         return Foreign(content)
     left = dict(content)
     model = _taken(left, model_names)
-    if model is None:
+    if (
+        model is None and left.get("model_state_dict", left) is not None
+    ):  # None is how an export says that there is none
         return Foreign(content)
     found = {part: _taken(left, names) for part, names in _STATES.items()}
     arrays = left.get("arrays")
@@ -140,17 +142,23 @@ def _taken(left: dict[Any, Any], names: Sequence[str]) -> Any:
     return None
 
 
-def storable(value: Any, path: str, left_out: list[str], encode: Callable[[Mapping[str, object]], object]) -> Any:
-    """Return ``value`` without what has no safe form, whose paths are added to ``left_out``."""
+def storable(
+    value: Any,
+    path: str,
+    left_out: list[str],
+    encode: Callable[[Mapping[str, object]], object],
+    levels: int = MAX_DEPTH,
+) -> Any:
+    """Return ``value`` without what has no safe form, or lies deeper; the paths of that are added to ``left_out``."""
     try:
         encode({path: value})
         return value
     except UnsupportedValueError:
-        if type(value) is dict:
+        if type(value) is dict and levels > 0:
             kept = {}
             for key, item in value.items():
                 before = len(left_out)
-                made = storable(item, f"{path}.{key}", left_out, encode)
+                made = storable(item, f"{path}.{key}", left_out, encode, levels - 1)
                 if made is not None or len(left_out) == before:
                     kept[key] = made
             return kept

@@ -7,13 +7,13 @@ import pickle
 import re
 from typing import Any, BinaryIO
 
-from model_checkpoint.checkpoint.foreign.files import is_archive, open_file
-from model_checkpoint.checkpoint.storage.pytorch_backend import check_archive
+from model_checkpoint.checkpoint.foreign.files import check_told, is_archive, open_file
+from model_checkpoint.checkpoint.storage.pytorch_backend import check_archive, reason_of
 from model_checkpoint.errors import ConfigurationError, FormatError
 from model_checkpoint.utils.optional import require
 
 _ASKED = re.compile(r"(?:GLOBAL|class|function|global:?) ['`]?([A-Za-z_][\w.]*\.\w+)")
-_SHOWN = 1000  # characters of torch's message
+_VALUES, _REPEATS = 1 << 20, 10  # so many values may anything have, and so often in all may what is there be within it
 
 
 def load(path: str, trust: bool, mapped: bool = False) -> Any:
@@ -26,7 +26,7 @@ def load(path: str, trust: bool, mapped: bool = False) -> Any:
 
     Raises:
         ConfigurationError: it needs ``trust``; the text names what it asks for. Or it is not there.
-        FormatError: it is damaged.
+        FormatError: it is damaged, or tells of far more than it has.
         MissingDependencyError: torch is not installed.
     """
     with open_file(path) as file:
@@ -37,10 +37,11 @@ def load_item(file: BinaryIO, name: str, trust: bool, mapped: str | None = None)
     """Do what ``load`` does, with an open file that messages call ``name``; with ``mapped``, the file of that path."""
     torch = require("torch", "torch", "importing a file of torch.save")
     try:
-        if is_archive(file.read(4)):
-            check_archive(file, file.seek(0, os.SEEK_END))
+        start, size = file.read(4), file.seek(0, os.SEEK_END)
+        if is_archive(start):
+            check_archive(file, size)
         file.seek(0)
-        return torch.load(mapped or file, map_location="cpu", weights_only=not trust, mmap=mapped is not None)
+        content = torch.load(mapped or file, map_location="cpu", weights_only=not trust, mmap=mapped is not None)
     except FormatError as error:
         raise FormatError(f"{name} is damaged: {error}") from None
     except Exception as error:  # noqa: BLE001 - torch and what it calls raise whatever they like
@@ -50,7 +51,27 @@ def load_item(file: BinaryIO, name: str, trust: bool, mapped: str | None = None)
                 f"{name} cannot be loaded without running code: it asks for {', '.join(asked)}. If you trust whoever "
                 "made it, import it with trust=True and copy=True, which unpickles it fully"
             ) from None
-        raise FormatError(f"{name} does not load: {str(error)[:_SHOWN]}") from None
+        raise FormatError(f"{name} does not load: {reason_of(error)}") from None
+    _check_sizes(torch, content, name, size)
+    return content
+
+
+def _check_sizes(torch: Any, content: object, name: str, stored: int) -> None:
+    """Refuse what a few bytes tell of and memory does not hold: one element as a large tensor, lists within lists."""
+    tensors: dict[int, int] = {}
+    lengths: dict[int, int] = {}
+    count, left = 0, [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, (dict, list, tuple, set, frozenset)):
+            lengths[id(value)] = len(value)
+            count += len(value)
+            if count > _VALUES and count > _REPEATS * sum(lengths.values()):
+                raise FormatError(f"{name} holds lists or dicts that hold themselves, or each other again and again")
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            tensors[id(value)] = value.numel() * value.element_size()
+    check_told(name, sum(tensors.values()), stored)
 
 
 def _asked_for(torch: Any, file: BinaryIO, error: Exception) -> list[str]:

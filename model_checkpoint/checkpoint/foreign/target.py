@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import uuid
 from collections.abc import Callable
 
-from model_checkpoint.errors import ConfigurationError, StorageError
+from model_checkpoint.errors import ConfigurationError, ModelCheckpointError, StorageError
 from model_checkpoint.utils.folders import remove_folder
+from model_checkpoint.utils.kernel import exchange
+
+log = logging.getLogger(__name__)
 
 _ENDINGS = {".safetensors": "safetensors", ".pt": "pt", ".pth": "pt", "": "huggingface"}
 _EXPORTED = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
@@ -35,36 +39,55 @@ def format_of(path: str) -> str:
 def publish(target: str, is_folder: bool, overwrite: bool, write: Callable[[str], None]) -> None:
     """Let ``write`` make a file or folder beside ``target``, and give it that name when it is durable.
 
+    A folder takes the place of another in one step where kernel and file system can exchange two (Linux). Elsewhere
+    there are two: killed between them, neither has the name, and the old one is ``.<id>.old`` beside it.
+
     Raises:
         ConfigurationError: ``target`` exists and ``overwrite`` is False, or it is nothing that an export may replace.
         StorageError: the file system refused; what was there is there still.
     """
-    _check(target, is_folder, overwrite)
-    folder, name = os.path.split(target)
-    mark = uuid.uuid4()
-    made, old = (os.path.join(folder, f".{name}.{mark}.{part}") for part in ("new", "old"))
     try:
-        write(made)
-        if is_folder:
-            _sync(made)
-        _check(target, is_folder, overwrite)  # it took a while
-        if is_folder and os.path.lexists(target):
-            os.rename(target, old)
-            try:
-                os.rename(made, target)
-            except BaseException:
-                os.rename(old, target)
-                raise
-            remove_folder(old)
-        else:
-            os.replace(made, target)
-        _sync(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            remove_folder(made) if os.path.isdir(made) else os.unlink(made)
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            raise StorageError("export a checkpoint", target, error, "the checkpoint itself is untouched") from error
+        _check(target, is_folder, overwrite)
+        made = os.path.join(os.path.dirname(target), f".{uuid.uuid4()}.new")  # however long the name of the target is
+        try:
+            write(made)
+            if is_folder:
+                _sync(made)
+            _check(target, is_folder, overwrite)  # it took a while
+            old = _replace(made, target, is_folder)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                remove_folder(made) if os.path.isdir(made) else os.unlink(made)
+            if isinstance(error, StorageError) and str(error.filename).startswith(made):
+                raise error.__cause__ or error from None  # its advice is about saving
+            raise
+        _sync(os.path.dirname(target))
+    except ModelCheckpointError:
         raise
+    except OSError as error:
+        raise StorageError("export a checkpoint", target, error, "the checkpoint itself is untouched") from error
+    if old is not None:
+        try:
+            remove_folder(old)
+        except OSError as error:
+            log.warning("%s is exported, and the folder that it replaced is left at %s: %s", target, old, error)
+
+
+def _replace(made: str, target: str, is_folder: bool) -> str | None:
+    """Give what was made the name of the target; returns where the folder is that had it."""
+    if not is_folder or not os.path.lexists(target):
+        os.replace(made, target)
+        return None
+    if exchange(made, target):
+        return made
+    old = f"{made.removesuffix('.new')}.old"
+    os.rename(target, old)
+    try:
+        os.rename(made, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    return old
 
 
 def _check(target: str, is_folder: bool, overwrite: bool) -> None:

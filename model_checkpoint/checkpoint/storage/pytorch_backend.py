@@ -49,8 +49,7 @@ class PyTorchBackend(StorageBackend):
                 for component, tensors in content["arrays"].items()
             }
         except Exception as error:  # noqa: BLE001 - torch and what it calls raise whatever they like
-            reason = str(error)[:_SHOWN]  # torch quotes what it does not understand, however long that is
-            raise FormatError(f"{name} does not load with weights_only=True: {reason}") from None
+            raise FormatError(f"{name} does not load with weights_only=True: {reason_of(error)}") from None
 
 
 def content_of(state: EncodedState, index: bool = False) -> dict[str, Any]:
@@ -87,6 +86,15 @@ def check_archive(file: Any, size: int) -> None:
     if sum(member.file_size for member in members) > size:
         raise FormatError("the members of the archive overlap")
     file.seek(0)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why torch cannot load a file, without its advice to load it less safely, which is about something else."""
+    advice = ("Weights only load failed", "Check the documentation")
+    parts = [part.strip() for part in str(error).split("\n\n")]
+    text = " ".join(part for part in parts if part and not part.startswith(advice))
+    # torch quotes what it does not understand, however long that is
+    return (repr(error) if isinstance(error, KeyError) or not text else text)[:_SHOWN]
 
 
 def _own_storages(arrays: Mapping[str, Mapping[str, HostArray]]) -> dict[str, dict[str, HostArray]]:

@@ -103,7 +103,7 @@ class CheckpointExchange(CheckpointComparison):
         experiment_id = self._experiment_to_save(experiment_id)
         found = foreign.read(foreign.Source(os.path.realpath(given), trust, copy))
         if found.left_out:
-            log.warning("import of %s: left out %s", given, ", ".join(found.left_out))
+            log.warning("import of %s: left out %s", *map(_printable, (given, ", ".join(found.left_out))))
         wanted = {name: value for name, value in values.items() if value is not None}
         if "config" not in wanted:
             _check_config(found.config, given)
@@ -230,8 +230,13 @@ def _check_config(config: object, path: str) -> None:
         raise FormatError(f"the config that {path} brings cannot be kept; give another with config=: {error}") from None
 
 
+def _printable(name: str) -> str:
+    """Return a file's name as text that can be stored and printed: names may be any bytes."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
 def _notes(given: str | None, name: str, left_out: tuple[str, ...]) -> str:
-    names = [part.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0") for part in (name, *left_out)]
+    names = [*map(_printable, (name, *left_out))]
     parts = [*([] if given is None else [given]), f"imported from {names[0]}"]
     return "; ".join([*parts, f"left out: {', '.join(names[1:])}"] if left_out else parts)
 

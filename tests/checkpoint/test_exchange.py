@@ -166,24 +166,23 @@ def test_what_is_exported_without_a_model_comes_in_without_one(
     assert equal(loaded["optimizer_state_dict"], {"lr": 1, "m": torch.ones(2)})
 
 
-def test_what_lies_too_deep_in_a_lightning_file_is_left_out(manager: EnhancedCheckpointManager, tmp_path: Path) -> None:
-    deep: dict[str, Any] = {}
-    for _ in range(3000):
-        deep = {"k": deep}
-    content = {"state_dict": {"w": torch.ones(1)}, "pytorch-lightning_version": "2", "callbacks": deep, "a": 1}
-    with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
-        torch.save({**content, "callbacks": "here"}, tmp_path / "shallow.ckpt")
-        with zipfile.ZipFile(tmp_path / "shallow.ckpt") as shallow:
-            for name in shallow.namelist():
-                text = shallow.read(name)
-                if name.endswith("data.pkl"):
-                    place = text.index(b"X\x04\x00\x00\x00here")
-                    end = text[place + 9 :].lstrip(b"q")[1:]
-                    text = text[:place] + b"}X\x01\x00\x00\x00k" * 3000 + b"}" + b"s" * 3000 + end
-                archive.writestr(name, text)
+@pytest.mark.parametrize("levels", [97, 99, 101, 103, 150, 3000])
+def test_what_lies_too_deep_in_a_lightning_file_is_left_out(
+    manager: EnhancedCheckpointManager, tmp_path: Path, levels: int
+) -> None:
+    content = {"state_dict": {"w": torch.ones(1)}, "pytorch-lightning_version": "2", "callbacks": "here", "a": 1}
+    torch.save(content, tmp_path / "shallow.ckpt")
+    with zipfile.ZipFile(tmp_path / "shallow.ckpt") as shallow, zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+        for name in shallow.namelist():
+            text = shallow.read(name)
+            if name.endswith("data.pkl"):  # torch.save itself cannot go so deep
+                deep = b"}X\x01\x00\x00\x00k" * levels + b"}" + b"s" * levels
+                before, _, after = text.partition(b"X\x04\x00\x00\x00here")
+                text = before + deep + after
+            archive.writestr(name, text)
     loaded = manager.load_checkpoint(manager.import_checkpoint(tmp_path / "m.ckpt"))
     assert loaded["extra_state"]["a"] == 1
-    assert ".k.k.k" in manager.list_checkpoints()[0]["notes"]
+    assert (".k.k.k" in manager.list_checkpoints()[0]["notes"]) is (levels >= 99)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from model_checkpoint.checkpoint.arguments import numbers
 from model_checkpoint.checkpoint.storage import LinkedFile, PlannedFile
 from model_checkpoint.errors import UnsupportedValueError
-from model_checkpoint.utils.jsonable import MAX_DEPTH, to_jsonable, to_number
+from model_checkpoint.utils.jsonable import MAX_DEPTH, is_deep, to_jsonable, to_number
 
 
 class Source(NamedTuple):
@@ -150,17 +151,17 @@ def storable(
     levels: int = MAX_DEPTH,
 ) -> Any:
     """Return ``value`` without what has no safe form, or lies deeper; the paths of that are added to ``left_out``."""
-    try:
-        encode({path: value})
-        return value
-    except UnsupportedValueError:
-        if type(value) is dict and levels > 0:
-            kept = {}
-            for key, item in value.items():
-                before = len(left_out)
-                made = storable(item, f"{path}.{key}", left_out, encode, levels - 1)
-                if made is not None or len(left_out) == before:
-                    kept[key] = made
-            return kept
+    if not is_deep(value, levels - 1):
+        with contextlib.suppress(UnsupportedValueError):
+            encode({path: value})
+            return value
+    if type(value) is not dict or levels == 0:
         left_out.append(path)
         return None
+    kept = {}
+    for key, item in value.items():
+        before = len(left_out)
+        made = storable(item, f"{path}.{key}", left_out, encode, levels - 1)
+        if made is not None or len(left_out) == before:
+            kept[key] = made
+    return kept

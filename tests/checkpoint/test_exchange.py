@@ -836,3 +836,11 @@ def test_a_config_that_cannot_be_kept_can_be_replaced(
             manager.import_checkpoint(tmp_path / "hf", copy=copy)
         made = manager.import_checkpoint(tmp_path / "hf", config={"b": 1}, copy=copy)
         assert manager.load_checkpoint(made)["config"] == {"b": 1}
+
+
+def test_a_checkpoint_of_the_engines_own_is_told_apart_from_a_folder_of_hugging_face(
+    manager: EnhancedCheckpointManager,
+) -> None:
+    manager.save_checkpoint({"w": torch.ones(2)}, step=3)
+    with pytest.raises(ConfigurationError, match="is a checkpoint of this engine; open the directory"):
+        manager.import_checkpoint(manager.list_checkpoints()[0]["path"])

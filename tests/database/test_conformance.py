@@ -247,6 +247,25 @@ def test_a_forked_child_uses_the_database_and_the_parent_goes_on(database: Enhan
     assert names_in(database) == ["before", "child", "parent"]
 
 
+def test_of_threads_that_claim_a_value_at_once_one_sets_it(database: EnhancedDatabaseConnection) -> None:
+    put(database, "run")
+    start, won = threading.Barrier(8), []
+
+    def claim() -> None:
+        start.wait()
+        won.append(database.experiments.claim("run", "ended", {"try": 1}))
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 7 + [True]
+    found = database.experiments.get("run")
+    assert found is not None
+    assert found.metadata == {"ended": {"try": 1}}
+
+
 def test_close_twice_does_nothing_and_within_a_transaction_is_refused(database: EnhancedDatabaseConnection) -> None:
     with database.transaction():
         with pytest.raises(DatabaseError, match="inside a transaction"):

@@ -11,6 +11,7 @@ from typing import Any
 from model_checkpoint.checkpoint.foreign.files import is_torch_file, open_file
 from model_checkpoint.checkpoint.foreign.parts import Foreign, Source, sort_parts
 from model_checkpoint.errors import ConfigurationError, FormatError, ModelCheckpointError, StorageError
+from model_checkpoint.integrity.manifest import FILE_NAME
 
 __all__ = ["WRITERS", "Foreign", "Source", "read", "take_apart", "writer"]
 
@@ -82,6 +83,11 @@ def _load(target: str) -> Any:
 
 def _format_of(path: str) -> str:
     if os.path.isdir(path):
+        if os.path.lexists(os.path.join(path, FILE_NAME)):
+            raise ConfigurationError(
+                f"{path} is a checkpoint of this engine; open the directory that it lies in as checkpoint_dir, of "
+                "which a copy is as good, or export it there"
+            )
         found = next((format for mark, format in _MARKS.items() if os.path.lexists(os.path.join(path, mark))), None)
         if found is None and not os.access(path, os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

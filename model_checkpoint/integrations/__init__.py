@@ -1,4 +1,7 @@
-"""Bringing runs along from other tools; each importer needs nothing but the standard library."""
+"""Other tools: importers of their runs, which need the standard library only, and a module for each framework.
+
+Importing ``lightning``, ``accelerate``, ``transformers``, ``keras`` or ``optuna`` of this folder imports that framework.
+"""
 
 from model_checkpoint.integrations.mlflow_importer import import_mlflow
 from model_checkpoint.integrations.tensorboard_importer import import_tensorboard

@@ -1,6 +1,6 @@
 """Other tools: importers of their runs, which need the standard library only, and a module for each framework.
 
-Importing ``lightning``, ``accelerate``, ``transformers``, ``keras`` or ``optuna`` of this folder imports that framework.
+Importing ``lightning``, ``accelerate``, ``transformers``, ``keras`` or ``optuna`` from here imports that framework.
 """
 
 from model_checkpoint.integrations.mlflow_importer import import_mlflow

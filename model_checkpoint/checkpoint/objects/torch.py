@@ -15,6 +15,7 @@ _LIKE_PARAMETERS = {  # names of optimizers' states that have the shape of their
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
     *("sum", "prev", "ax", "step_size"),
 }
+_OF_SCHEDULERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a part of a module
 _WRAPPED = "module."  # what DDP and DataParallel put before all names
 
@@ -39,7 +40,9 @@ class TorchAdapter(StateDictAdapter):
 
         saved = dict(children(tree) or ())
         if isinstance(value, torch.optim.Optimizer):
-            return _other_keys(saved.get("param_groups", [None])[0], value.param_groups[0]) or _misshaped(value, saved)
+            groups = saved.get("param_groups")
+            first = groups[0] if isinstance(groups, list) and groups else {}
+            return _other_keys(first, value.defaults) or _misshaped(value, saved)
         if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
             return _other_keys(tree, value.state_dict())
         return None
@@ -83,7 +86,7 @@ def _plain_name(key: str) -> str:
 
 def _other_keys(tree: Any, own: Mapping[str, Any]) -> str | None:
     """Say that a state is of another class, as where each side has what the other has not; versions add keys only."""
-    saved = {str(key) for key, _ in children(tree) or ()}
+    saved = {str(key) for key, _ in children(tree) or ()} - _OF_SCHEDULERS
     more, fewer = sorted(saved - own.keys()), sorted(own.keys() - saved)
     if more and fewer:
         return f"one of another class was saved: it has {', '.join(more)}, and here are {', '.join(fewer)}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from model_checkpoint.arrays import HostArray, Layout, adapter_for
 from model_checkpoint.checkpoint.objects import ObjectAdapter, Traits, find
 from model_checkpoint.checkpoint.places import Place, overlaps_itself, own_memory, place_of, shared
-from model_checkpoint.checkpoint.renaming import Keys, name_of, rename_key
+from model_checkpoint.checkpoint.renaming import Keys, name_of, rename_keys
 from model_checkpoint.checkpoint.selection import children, has_arrays, references
 from model_checkpoint.errors import Problem
 
@@ -213,11 +213,11 @@ class Match:
         """Give the keys of an object's tree the names that its state has, where they were saved within a wrapper."""
         if not isinstance(state, Mapping):
             return
-        saved = [key for key, _ in children(tree) or () if isinstance(key, str)]
-        for old, new in [(key, plain_name(key)) for key in saved]:
-            if old not in state and new in state and new not in saved:
-                rename_key(tree, old, new)
-                self.renamed[name_of((*at.path, old))] = name_of((*at.path, new))
+        saved = {key for key, _ in children(tree) or () if isinstance(key, str)}
+        plain = {key: plain_name(key) for key in saved if key not in state}
+        names = {old: new for old, new in plain.items() if new in state and new not in saved}
+        rename_keys(tree, names)
+        self.renamed |= {name_of((*at.path, old)): name_of((*at.path, new)) for old, new in names.items()}
 
     def _container(self, tree: Any, saved: list[tuple[Any, Any]], state: Any, at: _At) -> None:
         there = _items(tree, state)

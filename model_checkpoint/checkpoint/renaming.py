@@ -14,6 +14,7 @@ from model_checkpoint.errors import ConfigurationError
 Keys = tuple[Any, ...]  # that lead to a part of a state, the component's name first
 
 _SHOWN = 5  # keys that an error lists
+_TAGS = ("$dict", "$ordered", "$tuple")
 _COMPONENTS = ("model", "optimizer", "scheduler", "extra")
 
 
@@ -32,18 +33,22 @@ class Rule(NamedTuple):
 Rules = Sequence[Rule]
 
 
-class Taken(NamedTuple):
-    """A leaf that was taken out of a tree.
+Forms = dict[Keys, str]  # of the containers of a target: ``list``, ``$tuple`` or ``dict``
+
+
+class _Branch:
+    """A container of a state's tree that can be changed.
 
     Attributes:
-        node: what the tree says of it.
-        key: its key in the dict, list or tuple that it was in.
-        metadata: what torch hangs on the state of the module that it is of; None where it is of none.
+        form: the tag of its node (``$dict``, ``$ordered``, ``$tuple``), ``dict`` or ``list``.
+        more: what its node has besides its items, such as the metadata that torch hangs on a module's state.
+        items: key -> a branch, or the node of a leaf.
     """
 
-    node: Any
-    key: Any
-    metadata: dict[str, Any] | None
+    def __init__(self, form: str, more: Mapping[str, Any]) -> None:
+        self.form = form
+        self.more = dict(more)
+        self.items: dict[Any, Any] = {}
 
 
 def name_of(keys: Keys) -> str:
@@ -110,24 +115,34 @@ def rename(tree: dict[str, Any], rules: Rules, targets: Mapping[str, object], de
         Old -> new name of those that were renamed.
 
     Raises:
-        ConfigurationError: a rule is for no leaf, two leaves would have one name, or one would lie within another one.
+        ConfigurationError: a rule is for no leaf, two leaves would have one name, one would lie within another one, or
+            a list would lose an item that is not its last.
     """
     if not rules:
         return {}
-    names = {name_of(keys): keys for name, part in tree.items() for keys in _leaves(part, (name,), decode)}
+    root = _parsed(tree, decode)
+    names = {name_of(keys): keys for keys in _leaves(root, ())}
     moves, unused = _moves(names, rules)
     if unused:
         shown = ", ".join([*names][:_SHOWN])
         raise ConfigurationError(f"rename: nothing in this checkpoint is called {min(unused)}; it has {shown}, ...")
-    wanted = {name_of(keys): keys for name, target in targets.items() for keys in _leaves_of(target, (name,))}
-    taken: dict[str, Taken] = {}
-    replaced = [name for name in moves.values() if name in names and name not in moves]
-    for old in [*moves, *replaced]:
-        taken[old] = _take(tree, names[old], decode)
+    forms: Forms = {}
+    wanted = {name_of(keys): keys for name, target in targets.items() for keys in _leaves_of(target, (name,), forms)}
+    taken = {}
+    for name in {**moves, **{new: new for new in moves.values() if new in names}}:
+        around = _at(root, names[name][:-1])
+        taken[name] = (around.items.pop(names[name][-1]), around.more.get("metadata"))
     for old, new in moves.items():
         keys = wanted.get(new) or _within(new, names[old], wanted) or _keys_of(new, names[old])
-        if not _place(tree, keys, taken[old], decode):
-            raise ConfigurationError(f"rename: {old} would be {new}, and something lies around or within that")
+        try:
+            _place(root, keys, forms, *taken[old], names[old][-1])
+        except KeyError:
+            raise ConfigurationError(
+                f"rename: {old} would be {new}, and something lies around or within that"
+            ) from None
+    built = _built(root, ())
+    tree.clear()
+    tree.update(built)
     return moves
 
 
@@ -153,37 +168,26 @@ def _moves(names: Mapping[str, Keys], rules: Rules) -> tuple[dict[str, str], set
     return moves, unused
 
 
-def rename_key(tree: dict[str, Any], old: str, new: str) -> None:
-    """Rename a key of one dict of a state's tree, in place."""
-    pairs = _pairs(tree)
-    if pairs is not None:
-        for pair in pairs:
-            pair[0] = new if pair[0] == old else pair[0]
-    else:
-        tree[new] = tree.pop(old)
+def rename_keys(tree: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename keys of one dict of a state's tree, in place."""
+    pairs = next((tree[tag] for tag in ("$dict", "$ordered") if tag in tree), None)
+    if pairs is None:
+        items = {names.get(key, key): value for key, value in tree.items()}
+        tree.clear()
+        tree.update(items)
+    for pair in pairs or ():
+        pair[0] = names.get(pair[0], pair[0]) if isinstance(pair[0], str) else pair[0]
 
 
-def _pairs(tree: dict[str, Any]) -> list[list[Any]] | None:
-    """Return the pairs of a dict that JSON's objects cannot hold, because of its keys or their order; else None."""
-    return next((tree[tag] for tag in ("$dict", "$ordered") if tag in tree), None)
-
-
-def _leaves(tree: Any, keys: Keys, decode: Any) -> Iterator[Keys]:
-    pairs = children(tree)
-    if not pairs:
-        yield keys
-    for key, child in pairs or ():
-        yield from _leaves(child, (*keys, decode(key)), decode)
-
-
-def _leaves_of(target: Any, keys: Keys) -> Iterator[Keys]:
-    """Yield the keys of all leaves of an object, or of nested dicts, lists and tuples of objects."""
+def _leaves_of(target: Any, keys: Keys, forms: Forms) -> Iterator[Keys]:
+    """Yield the keys of all leaves of an object, or of nested dicts, lists and tuples of objects; notes their forms."""
     adapter = None if type(target) in (dict, list, tuple) else find(target)
     if adapter is not None and not adapter.traits(target).opaque:
         try:
             target = adapter.state_of(target)
         except ValueError:
             return  # told when it is compared
+    forms[keys] = "dict" if isinstance(target, Mapping) else "list" if isinstance(target, list) else "$tuple"
     if isinstance(target, Mapping):
         pairs = list(target.items())
     elif isinstance(target, (list, tuple)):
@@ -192,27 +196,7 @@ def _leaves_of(target: Any, keys: Keys) -> Iterator[Keys]:
         yield keys
         return
     for key, child in pairs:
-        yield from _leaves_of(child, (*keys, key))
-
-
-def _take(tree: Any, keys: Keys, decode: Any) -> Taken:
-    """Remove a leaf, and what holds nothing else any more."""
-    key, *below = keys
-    node, child = next(pair for pair in children(tree) or () if decode(pair[0]) == key)
-    if below:
-        taken = _take(child, tuple(below), decode)
-        if children(child):
-            return taken
-    else:
-        taken = Taken(child, key, tree.get("metadata") if isinstance(tree, dict) else None)
-    if isinstance(tree, list) or "$tuple" in tree:
-        items = tree if isinstance(tree, list) else tree["$tuple"]
-        items[:] = [item for item in items if item is not child]
-    elif _pairs(tree) is None:
-        del tree[node]
-    else:
-        _pairs(tree)[:] = [pair for pair in _pairs(tree) or () if pair[0] != node]  # type: ignore[index]
-    return taken
+        yield from _leaves_of(child, (*keys, key), forms)
 
 
 def _within(name: str, old: Keys, wanted: Mapping[str, Keys]) -> Keys | None:
@@ -235,46 +219,78 @@ def _keys_of(name: str, old: Keys) -> Keys:
     return (*kept, name) if kept else tuple(name.split(".", 1))
 
 
-def _place(tree: Any, keys: Keys, taken: Taken, decode: Any) -> bool:
-    """Put a leaf into a tree; returns whether there was room for it."""
-    metadata = taken.metadata
+def _parsed(node: Any, decode: Any) -> Any:
+    """Return a tree as branches; an empty container is a leaf, as one without a name could not be renamed."""
+    pairs = children(node)
+    if not pairs:
+        return node
+    form = "list" if isinstance(node, list) else next((tag for tag in _TAGS if tag in node), "dict")
+    branch = _Branch(form, {key: node[key] for key in ("metadata",) if form in _TAGS and key in node})
+    branch.items = {decode(key): _parsed(child, decode) for key, child in pairs}
+    return branch
+
+
+def _leaves(node: Any, keys: Keys) -> Iterator[Keys]:
+    if not isinstance(node, _Branch):
+        yield keys
+        return
+    for key, child in node.items.items():
+        yield from _leaves(child, (*keys, key))
+
+
+def _at(root: _Branch, keys: Keys) -> _Branch:
+    for key in keys:
+        root = root.items[key]
+    return root
+
+
+def _place(root: _Branch, keys: Keys, forms: Forms, node: Any, metadata: Any, old_key: Any) -> None:
+    """Put a leaf into a tree, in containers such as the target has.
+
+    Args:
+        keys: where.
+        forms: of the target's containers.
+        node, metadata, old_key: the leaf, what torch hangs on the state of the module that it was of, its key there.
+
+    Raises:
+        KeyError: it would lie within another leaf, or around some.
+    """
+    branch: Any = root
     for i, key in enumerate(keys[:-1]):
-        pairs = {decode(known): child for known, child in children(tree) or ()}
-        if key not in pairs:
+        if key not in branch.items:
             ordered = metadata is not None and i == len(keys) - 2
-            plain = isinstance(keys[i + 1], str) and not keys[i + 1].startswith("$")
-            made: Any = {"$ordered": [], "metadata": {"$ordered": []}} if ordered else {} if plain else {"$dict": []}
-            if not _insert(tree, key, made):
-                return False
-            pairs[key] = made
-        tree = pairs[key]
-        if children(tree) is None:
-            return False
-    if keys[-1] in {decode(known) for known, _ in children(tree) or ()}:
-        return False
-    if metadata is not None and isinstance(tree, dict) and "metadata" in tree:
-        own, of_old = tree["metadata"]["$ordered"], dict(metadata["$ordered"])
-        for old, new in (
-            (taken.key, keys[-1]),
-            ("", ""),
-        ):  # torch notes versions by the module's name, of the whole by ""
-            old, new = str(old).rpartition(".")[0], str(new).rpartition(".")[0]
-            if old in of_old and new not in dict(own):
-                own.append([new, of_old[old]])
-    return _insert(tree, keys[-1], taken.node)
+            more: dict[str, Any] = {"metadata": {"$ordered": []}} if ordered else {}
+            branch.items[key] = _Branch("$ordered" if ordered else forms.get(keys[: i + 1], "dict"), more)
+        branch = branch.items[key]
+        if not isinstance(branch, _Branch):
+            raise KeyError(key)
+    if keys[-1] in branch.items and not _is_empty(branch.items[keys[-1]]):
+        raise KeyError(keys[-1])
+    branch.items[keys[-1]] = node
+    if metadata is not None and "metadata" in branch.more:  # versions, by the module's name; of the whole by ""
+        own, of_old = branch.more["metadata"]["$ordered"], dict(metadata["$ordered"])
+        for was, now in ((str(old_key).rpartition(".")[0], str(keys[-1]).rpartition(".")[0]), ("", "")):
+            if was in of_old and now not in dict(own):
+                own.append([now, of_old[was]])
 
 
-def _insert(tree: Any, key: Any, node: Any) -> bool:
-    pairs = None if isinstance(tree, list) else _pairs(tree)
-    if pairs is not None:
-        pairs.append([{"$tuple": list(key)} if isinstance(key, tuple) else key, node])
-    elif isinstance(tree, list) or "$tuple" in tree:
-        items = tree if isinstance(tree, list) else tree["$tuple"]
-        if key != len(items):
-            return False
-        items.append(node)
-    elif isinstance(key, str) and not key.startswith("$"):
-        tree[key] = node
-    else:
-        return False
-    return True
+def _is_empty(node: Any) -> bool:
+    return isinstance(node, _Branch) and all(map(_is_empty, node.items.values()))
+
+
+def _built(node: Any, keys: Keys) -> Any:
+    """Return the node of a branch, without the branches that nothing is left of."""
+    if not isinstance(node, _Branch):
+        return node
+    made = {key: _built(child, (*keys, key)) for key, child in node.items.items() if not _is_empty(child)}
+    if node.form == "dict" and all(isinstance(key, str) and not key.startswith("$") for key in made):
+        return made
+    if node.form in ("list", "$tuple") and all(isinstance(key, int) for key in made):
+        if sorted(made) != [*range(len(made))]:
+            raise ConfigurationError(f"rename: {name_of(keys)} is a list, and would lose an item that is not its last")
+        items = [made[i] for i in range(len(made))]
+        return items if node.form == "list" else {"$tuple": items}
+    if node.form == "$tuple":
+        return {"$tuple": [*made.values()], "fields": [*made]}
+    pairs = [[{"$tuple": list(key)} if isinstance(key, tuple) else key, child] for key, child in made.items()]
+    return {node.form if node.form in _TAGS else "$dict": pairs, **node.more}

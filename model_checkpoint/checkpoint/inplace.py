@@ -19,6 +19,7 @@ from model_checkpoint.utils.kernel import fresh_memory
 from model_checkpoint.utils.parallel import run
 
 Key = tuple[str, str]  # component and name of a stored array
+Inside = dict[Keys, dict[Any, None]]
 _STAYS = object()  # what KEPT decodes to
 
 
@@ -73,17 +74,22 @@ def put_into(
     with reader.decoding():
         reader.verify_all()
         opaque = [found for found in match.objects.values() if found.traits.opaque]
-        paths = {found.path for found in opaque}
-        _fill(reader, [], [fresh for fresh in match.fresh if fresh.path in paths], decoder, threads)
+        early = {found.path for found in opaque}
+        _fill(reader, [], [fresh for fresh in match.fresh if fresh.path in early], decoder, threads)
         match.misfits += _refused(opaque, [misfit.at for misfit in match.misfits], decoder)
     if match.misfits and not lenient:
         raise StateMismatchError([misfit.problem for misfit in match.misfits])
     stays = _staying(match)
     decoder.adopt(KEPT, _STAYS)
     with reader.decoding():
-        tree = {name: _leave(tree.get(name, KEPT), (name,), stays, decoder.node) for name in targets}
+        inside: Inside = {}
+        for place in stays:
+            for length in range(1, len(place)):
+                inside.setdefault(place[:length], {})[place[length]] = None
+        tree = {name: _leave(tree.get(name, KEPT), (name,), stays, inside, decoder.node) for name in targets}
         filled = [each for each in match.filled if not _lies_in(each.path, stays)]
-        _fill(reader, filled, [each for each in match.fresh if not _lies_in(each.path, stays)], decoder, threads)
+        fresh = [each for each in match.fresh if each.path not in early and not _lies_in(each.path, stays)]
+        _fill(reader, filled, fresh, decoder, threads)
         made = {name: decoder.node(node) for name, node in tree.items()}
     putting = _Putting(match.objects, filled)
     objects = {name: putting.put(target, made[name]) for name, target in targets.items()}
@@ -128,16 +134,23 @@ def _lies_in(path: Keys, places: Collection[Keys]) -> bool:
     return any(path[:length] in places for length in range(1, len(path) + 1))
 
 
-def _leave(tree: Any, path: Keys, stays: Collection[Keys], decode: Callable[[Any], Any]) -> Any:
-    """Return ``tree`` with ``KEPT`` in the places of ``stays``, where nothing was saved, too."""
+def _leave(tree: Any, path: Keys, stays: Collection[Keys], inside: Inside, decode: Callable[[Any], Any]) -> Any:
+    """Return ``tree`` with ``KEPT`` in the places of ``stays``, where nothing was saved, too.
+
+    Args:
+        path: the keys that lead to it.
+        stays: the keys that lead to what stays.
+        inside: keys that lead to what holds some of that -> the keys of those in it.
+        decode: makes an object of a node, such as a key.
+    """
     if path in stays:
         return KEPT
     pairs = children(tree)
-    if pairs is None or not any(place[: len(path)] == path for place in stays):
+    if pairs is None or path not in inside:
         return tree
-    below = [(key, _leave(child, (*path, decode(key)), stays, decode)) for key, child in pairs]
+    below = [(key, _leave(child, (*path, decode(key)), stays, inside, decode)) for key, child in pairs]
     known = {decode(key) for key, _ in pairs}
-    new = [place[-1] for place in stays if place[:-1] == path and place[-1] not in known]
+    new = [key for key in inside[path] if key not in known and (*path, key) in stays]
     if isinstance(tree, list):
         return [child for _, child in below] + [KEPT] * len(new)
     if "$tuple" in tree:

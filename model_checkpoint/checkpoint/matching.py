@@ -191,8 +191,8 @@ class Match:
             return
         try:
             state: Any = adapter.state_of(target)
-        except ValueError as error:
-            self._mismatch(at, str(error))
+        except Exception as error:  # noqa: BLE001 - it is the user's object: whatever it raises is no damage of a file
+            self._mismatch(at, str(error) if type(error) is ValueError else f"its state cannot be had: {error!r}")
             return
         self.objects[id(target)] = Found(target, adapter, traits, state, at.path)
         if isinstance(state, (Mapping, list, tuple)) and not _takes(state, tree):

@@ -639,6 +639,34 @@ def test_renames_lead_into_lists_and_keys_that_are_numbers(store: Store) -> None
     assert target == {"new": {0: {"w": floats(1)}, 1: {"w": floats(2)}}, "n": [1]}
 
 
+def test_items_of_lists_are_renamed_by_what_they_were_before(store: Store) -> None:
+    store.save([floats(1), floats(2), floats(3), floats(4)])
+    extra = {"a": floats(0), "b": floats(0)}
+    restored = store.manager.restore(extra_state=extra, rename={"model.2": "extra.a", "model.3": "extra.b"})
+    assert extra == {"a": floats(3), "b": floats(4)}
+    assert restored["report"]["renamed"] == {"model.2": "extra.a", "model.3": "extra.b"}
+    with pytest.raises(ConfigurationError, match="model is a list, and would lose an item that is not its last"):
+        store.manager.restore(extra_state=extra, rename={"model.0": "extra.a", "model.3": "extra.b"})
+    target = [floats(0), floats(0), floats(0), floats(0)]
+    store.manager.restore(target, rename={"model.0": "model.1", "model.1": "model.0"})
+    assert target == [floats(2), floats(1), floats(3), floats(4)]
+    store.save({"layers": [{"w": floats(1)}, {"w": floats(2)}]})
+    blocks = {"blocks": [{"kernel": floats(0)}, {"kernel": floats(0)}]}
+    store.manager.restore(blocks, rename={"model.layers.*.w": "model.blocks.*.kernel"})
+    assert blocks == {"blocks": [{"kernel": floats(1)}, {"kernel": floats(2)}]}
+
+
+def test_an_object_whose_state_cannot_be_had_is_told_and_no_file_is_blamed(store: Store) -> None:
+    class Broken(Keeps):
+        def state_dict(self) -> Any:
+            raise KeyError("k")
+
+    saved = store.save({}, extra_state={"it": Keeps()})
+    with pytest.raises(StateMismatchError, match=r"extra\.it: its state cannot be had: KeyError\('k'\)"):
+        store.manager.restore(extra_state={"it": Broken()}, on_corruption="fallback")
+    assert store.row(saved)["status"] == "committed"
+
+
 @needs_torch
 def test_a_renamed_module_keeps_the_version_of_its_layout(store: Store) -> None:
     versions: list[Any] = []

@@ -154,6 +154,33 @@ class TestTorch:
         with pytest.raises(StateMismatchError, match=r"scheduler: one of another class was saved: it has .*step_size"):
             store.manager.restore(scheduler=self.scheduler(torch, "CosineAnnealingLR", other))
 
+    def test_an_optimizer_takes_what_schedulers_users_and_versions_have_added_or_left_out(self, store: Store) -> None:
+        torch = pytest.importorskip("torch")
+        parameter = torch.nn.Parameter(torch.ones(2))
+
+        def make(**more: Any) -> Any:
+            return torch.optim.Adam([{"params": [parameter], **more}])
+
+        saved = make(layer_name="a")
+        torch.optim.lr_scheduler.OneCycleLR(saved, 0.1, total_steps=4)
+        state = saved.state_dict()
+        del state["param_groups"][0]["decoupled_weight_decay"]  # as an older version
+        store.save({}, state)
+        for target in (make(), make(other="b")):
+            assert store.manager.restore(optimizer=target)["report"]["mismatched"] == []
+            assert "max_lr" in target.param_groups[0]
+
+        class Layerwise(torch.optim.Optimizer):
+            def __init__(self) -> None:
+                super().__init__([parameter], {"rate": 1.0})
+                self.state[parameter]["exp_avg"] = torch.ones(7)
+
+        store.save({}, Layerwise())
+        target = Layerwise()
+        target.state[parameter]["exp_avg"].zero_()
+        store.manager.restore(optimizer=target)
+        assert target.state[parameter]["exp_avg"].tolist() == [1.0] * 7
+
     def test_a_gan_is_two_models_and_two_optimizers_in_lists_and_dicts(self, store: Store) -> None:
         torch = pytest.importorskip("torch")
 

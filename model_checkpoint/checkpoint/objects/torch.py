@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model_checkpoint.checkpoint.objects import Traits
@@ -15,7 +15,10 @@ _LIKE_PARAMETERS = {  # names of optimizers' states that have the shape of their
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
     *("sum", "prev", "ax", "step_size"),
 }
-_OF_SCHEDULERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+_COMMON = {  # options of many optimizers, and what every scheduler has
+    *("lr", "weight_decay", "maximize", "foreach", "differentiable", "fused", "capturable", "eps"),
+    *("base_lrs", "last_epoch", "verbose"),
+}
 _COMPILED = "_orig_mod."  # what torch.compile puts before the names of a part of a module
 _WRAPPED = "module."  # what DDP and DataParallel put before all names
 
@@ -38,13 +41,14 @@ class TorchAdapter(StateDictAdapter):
     def objection(self, value: Any, tree: Any) -> str | None:
         import torch  # its own object is here, so it is loaded
 
-        saved = dict(children(tree) or ())
         if isinstance(value, torch.optim.Optimizer):
-            groups = saved.get("param_groups")
-            first = groups[0] if isinstance(groups, list) and groups else {}
-            return _other_keys(first, value.defaults) or _misshaped(value, saved)
+            saved = dict(pair for pair in children(tree) or () if isinstance(pair[0], str))
+            groups = [_text_keys(group) for _, group in children(saved.get("param_groups")) or ()]
+            other = _other_class(groups[0], value.defaults) if groups else None
+            own = type(value).__module__.startswith("torch.optim")  # what others keep of a parameter may have any shape
+            return other or (_misshaped(value, saved.get("state"), groups) if own else None)
         if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
-            return _other_keys(tree, value.state_dict())
+            return _other_class(_text_keys(tree), value.state_dict())
         return None
 
     def state_of(self, value: Any) -> object:
@@ -84,24 +88,35 @@ def _plain_name(key: str) -> str:
     return _without_compiled(key).removeprefix(_WRAPPED)
 
 
-def _other_keys(tree: Any, own: Mapping[str, Any]) -> str | None:
-    """Say that a state is of another class, as where each side has what the other has not; versions add keys only."""
-    saved = {str(key) for key, _ in children(tree) or ()} - _OF_SCHEDULERS
-    more, fewer = sorted(saved - own.keys()), sorted(own.keys() - saved)
-    if more and fewer:
-        return f"one of another class was saved: it has {', '.join(more)}, and here are {', '.join(fewer)}"
+def _text_keys(tree: Any) -> dict[str, Any]:
+    return {key: node for key, node in children(tree) or () if isinstance(key, str)}
+
+
+def _other_class(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """Say that a state is of another class: of what only this one has, nothing was saved.
+
+    Versions of torch add and drop keys, schedulers and users add some to an optimizer's groups.
+    """
+    special = {key for key in own if key not in _COMMON and not key.startswith("_")}
+    if special and special.isdisjoint(saved):
+        return f"one of another class was saved: it has {', '.join(saved)}, and none of {', '.join(sorted(special))}"
     return None
 
 
-def _misshaped(optimizer: Any, saved: Mapping[str, Any]) -> str | None:
+def _misshaped(optimizer: Any, saved: Any, groups: Sequence[Mapping[str, Any]]) -> str | None:
     """Say that moments were saved for parameters of another shape: torch takes them, and fails at the next step."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, state in children(saved.get("state", {})) or ():
-        for name, node in children(state) or ():
-            alike = name in _LIKE_PARAMETERS and isinstance(node, dict) and "shape" in node and str(index).isdecimal()
-            if alike and int(index) < len(parameters) and list(parameters[int(index)].shape) != node["shape"]:
-                own = list(parameters[int(index)].shape)
-                return f"{name} of shape {node['shape']} was saved for parameter {index}, which has shape {own}"
+    shapes = {
+        index: list(parameter.shape)
+        for group, own in zip(groups, optimizer.param_groups)
+        for (_, index), parameter in zip(children(group.get("params")) or (), own["params"])
+        if isinstance(index, int)
+    }
+    for index, state in children(saved) or ():
+        shape = shapes.get(int(index)) if str(index).isdecimal() else None
+        for name, node in _text_keys(state).items():
+            told = node.get("shape") if isinstance(node, dict) else None
+            if shape is not None and name in _LIKE_PARAMETERS and told and told != shape:
+                return f"{name} of shape {told} was saved for parameter {index}, which has shape {shape}"
     return None
 
 

@@ -20,23 +20,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 accelerate = pytest.importorskip("accelerate")
 torch = pytest.importorskip("torch")
 
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from noisy_data import Noisy  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 from model_checkpoint.integrations.accelerate import AcceleratorState, EngineTracker  # noqa: E402
 from model_checkpoint.integrations.pytorch import ResumableLoader  # noqa: E402
-
-
-class Noisy(Dataset):  # type: ignore[type-arg]
-    """Draws from the process's random states whenever an example is fetched."""
-
-    def __init__(self) -> None:
-        self.x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.x[i] + 0.1 * torch.randn(6), self.x[i].sum()
 
 
 class Average:

@@ -22,7 +22,8 @@ pl = pytest.importorskip("lightning.pytorch")
 torch = pytest.importorskip("torch")
 torchmetrics = pytest.importorskip("torchmetrics")
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset  # noqa: E402
+from noisy_data import Noisy  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa: E402
 
 from model_checkpoint.integrations.lightning import (  # noqa: E402
     CheckpointCallback,
@@ -32,19 +33,6 @@ from model_checkpoint.integrations.lightning import (  # noqa: E402
 
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-
-class Noisy(Dataset):  # type: ignore[type-arg]
-    """Draws from the process's random states whenever an example is fetched."""
-
-    def __init__(self) -> None:
-        self.x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.x[i] + 0.1 * torch.randn(6), self.x[i].sum()
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]

@@ -182,10 +182,10 @@ class StateMismatchError(ModelCheckpointError, ValueError):
     def __init__(self, problems: list[Problem]) -> None:
         shown = "".join(f"\n  {problem.text}" for problem in problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        places = "1 place" if len(problems) == 1 else f"{len(problems)} places"
         super().__init__(
-            f"the checkpoint does not fit in {len(problems)} places; nothing was changed. Make the objects as they "
-            "were when it was saved, or use restore() with rename= or strict='warn', or load_checkpoint():"
-            f"{shown}{more}"
+            f"the checkpoint does not fit in {places}; nothing was changed. Make the objects as they were when it was "
+            f"saved, or use restore() with rename= or strict='warn', or load_checkpoint():{shown}{more}"
         )
         self.problems = [problem.text for problem in problems]
         self.missing = [problem.path for problem in problems if problem.kind == "missing"]

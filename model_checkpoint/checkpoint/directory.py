@@ -77,11 +77,11 @@ class CheckpointDirectory:
                 os.makedirs(folder, exist_ok=True)
             self.store_id = identify(self._engine)
             for folder in (self._engine, self.path):
-                _sync_folder(folder)
+                sync_folder(folder)
             folder = self.path
             while folder != lasting:  # every folder that was made, in the one that it was made in
                 folder = os.path.dirname(folder)
-                _sync_folder(folder)
+                sync_folder(folder)
         except (ConfigurationError, StorageError):
             raise
         except (FileExistsError, NotADirectoryError) as error:
@@ -111,7 +111,7 @@ class CheckpointDirectory:
                 mine = os.path.join(self._engine, f"format.json.{uuid.uuid4()}")
                 write_bytes(mine, stamp())
                 os.replace(mine, os.path.join(self._engine, "format.json"))
-                _sync_folder(self._engine)
+                sync_folder(self._engine)
             self.store_id = identify(self._engine)
 
     def shared(self) -> FileIO:
@@ -240,10 +240,10 @@ class CheckpointDirectory:
             entries = _write_all(staging, planned, codec, hashed, threads)
             manifest, digest = manifest_of(entries)
             write_bytes(os.path.join(staging, FILE_NAME), manifest)
-            _sync_folder(staging)
+            sync_folder(staging)
             self._make_durable(experiment_id)
             os.rename(staging, target)  # the id is new, and a folder that has files is never replaced
-            _sync_folder(os.path.dirname(target))
+            sync_folder(os.path.dirname(target))
             return entries, digest
         except BaseException as error:
             for folder in (staging, target):
@@ -262,7 +262,7 @@ class CheckpointDirectory:
         except FileExistsError:
             made = False
         if made or experiment_id not in self._synced:
-            _sync_folder(self.path)
+            sync_folder(self.path)
             self._synced.add(experiment_id)
 
     def published(self) -> list[tuple[str, str]]:
@@ -298,8 +298,8 @@ class CheckpointDirectory:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(source, target)
-                _sync_folder(os.path.dirname(target))
-                _sync_folder(os.path.dirname(source))
+                sync_folder(os.path.dirname(target))
+                sync_folder(os.path.dirname(source))
         except OSError as error:
             advice = "opening the directory again settles where it is"
             raise StorageError("move a checkpoint", source, error, advice) from error
@@ -380,7 +380,8 @@ def _try_lock(lock: FileIO, kind: int) -> bool:
         return False
 
 
-def _sync_folder(path: str) -> None:
+def sync_folder(path: str) -> None:
+    """Make what was made, renamed and removed in a folder last."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -112,8 +112,11 @@ def _refused(opaque: Sequence[Found], misfits: Collection[Keys], decoder: Decode
     refused = []
     for found in opaque:
         if found.path not in misfits:
-            reason = found.adapter.refusal(found.target, decoder.node(found.state))
-            name = name_of(found.path)
+            state, name = decoder.node(found.state), name_of(found.path)
+            try:
+                reason = found.adapter.refusal(found.target, state)
+            except Exception as error:  # noqa: BLE001 - it is the user's object: no file is to blame
+                reason = f"it cannot be asked whether it takes its state: {error!r}"
             refused += [] if reason is None else [Misfit(found.path, Problem("mismatched", name, f"{name}: {reason}"))]
     return refused
 

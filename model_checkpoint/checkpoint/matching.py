@@ -84,6 +84,7 @@ class _At(NamedTuple):
         fixed: whether it cannot be replaced: it is the target itself, or lies in tuples and the like only.
         strict: whether every key must be on both sides; otherwise only those of arrays.
         bare: whether it lies in dicts, lists and tuples of the user's own, and in no object.
+        complete: whether the object that it lies in has the same keys at all times.
         grows: whether arrays may be of other shapes than before, or be none, because the object takes what it is given.
     """
 
@@ -91,6 +92,7 @@ class _At(NamedTuple):
     fixed: bool = True
     strict: bool = True
     bare: bool = True
+    complete: bool = True
     grows: bool = False
 
 
@@ -120,9 +122,8 @@ class Match:
         self.misfits: list[Misfit] = []
         self.again: set[Keys] = set()
         self._memory: list[Place] = []
-        self._seen: dict[
-            int, tuple[Keys, object]
-        ] = {}  # id of what can be changed -> where it was met, what goes there
+        # Id of what can be changed -> where it was met, and what goes there.
+        self._seen: dict[int, tuple[Keys, object]] = {}
 
     def compare_part(self, tree: Any, target: object, name: str) -> None:
         """Note how a component's tree fits an object, or nested dicts, lists and tuples of objects and arrays."""
@@ -207,7 +208,7 @@ class Match:
         # Optimizers and schedulers have keys that come and go; load_state_dict() knows them.
         strict = traits.complete or at.path == ("model",)
         fixed = at.fixed and traits.replaces
-        self._compare(tree, state, _At(at.path, fixed, strict, bare=False, grows=traits.grows))
+        self._compare(tree, state, _At(at.path, fixed, strict, bare=False, complete=strict, grows=traits.grows))
 
     def _rename(self, tree: Any, state: Any, plain_name: Callable[[str], str], at: _At) -> None:
         """Give the keys of an object's tree the names that its state has, where they were saved within a wrapper."""
@@ -240,20 +241,12 @@ class Match:
                 self.misfits.append(Misfit(inner.path, problem))
         for key, left in there.items():
             path = (*at.path, key)
-            for missing in (
-                [path] if at.strict else () if at.grows or not self._is_complete(at) else _arrays_in(left, path)
-            ):
+            for missing in [path] if at.strict else _arrays_in(left, path) if at.complete else ():
                 self.miss(path, missing)
         if isinstance(tree, dict) and "fields" in tree and hasattr(state, "_fields"):  # in the order of the target's
             by_name = dict(zip(tree["fields"], tree["$tuple"]))
             tree["$tuple"] = [by_name.get(name, KEPT) for name in state._fields]
             tree["fields"] = list(state._fields)
-
-    def _is_complete(self, at: _At) -> bool:
-        """Whether the object that is compared has the same keys at all times."""
-        around = [found for found in self.objects.values() if found.path == at.path[: len(found.path)]]
-        inmost = max(around, key=lambda found: len(found.path), default=None)
-        return inmost is None or inmost.traits.complete
 
     def _value(self, tree: Any, state: Any, at: _At) -> None:
         is_array = described(state) is not None

@@ -1,4 +1,4 @@
-"""Where targets of ``load_into`` lie in memory, and which of them share it otherwise than what was saved did."""
+"""Where targets of a restore lie in memory, and which of them share it otherwise than what was saved did."""
 
 from __future__ import annotations
 

@@ -185,8 +185,8 @@ def _leaves_of(target: Any, keys: Keys, forms: Forms) -> Iterator[Keys]:
     if adapter is not None and not adapter.traits(target).opaque:
         try:
             target = adapter.state_of(target)
-        except ValueError:
-            return  # told when it is compared
+        except Exception:  # noqa: BLE001 - whatever the user's object raises is told when it is compared
+            return
     forms[keys] = "dict" if isinstance(target, Mapping) else "list" if isinstance(target, list) else "$tuple"
     if isinstance(target, Mapping):
         pairs = list(target.items())
@@ -268,10 +268,10 @@ def _place(root: _Branch, keys: Keys, forms: Forms, node: Any, metadata: Any, ol
         raise KeyError(keys[-1])
     branch.items[keys[-1]] = node
     if metadata is not None and "metadata" in branch.more:  # versions, by the module's name; of the whole by ""
-        own, of_old = branch.more["metadata"]["$ordered"], dict(metadata["$ordered"])
+        own, of_old = branch.more["metadata"], dict(children(metadata) or ())
         for was, now in ((str(old_key).rpartition(".")[0], str(keys[-1]).rpartition(".")[0]), ("", "")):
-            if was in of_old and now not in dict(own):
-                own.append([now, of_old[was]])
+            if was in of_old and "$ordered" in own and now not in dict(own["$ordered"]):
+                own["$ordered"].append([now, of_old[was]])
 
 
 def _is_empty(node: Any) -> bool:

@@ -667,6 +667,17 @@ def test_an_object_whose_state_cannot_be_had_is_told_and_no_file_is_blamed(store
     assert store.row(saved)["status"] == "committed"
 
 
+def test_an_object_whose_state_cannot_be_had_is_told_with_a_rename_too(store: Store) -> None:
+    class Broken(Keeps):
+        def state_dict(self) -> Any:
+            raise KeyError("k")
+
+    saved = store.save({"w": floats(1)}, extra_state={"it": Keeps()})
+    with pytest.raises(StateMismatchError, match=r"fit in 1 place; .*\n  extra\.it: its state cannot be had"):
+        store.manager.restore({"v": floats(0)}, extra_state={"it": Broken()}, rename={"model.w": "model.v"})
+    assert store.row(saved)["status"] == "committed"
+
+
 @needs_torch
 def test_a_renamed_module_keeps_the_version_of_its_layout(store: Store) -> None:
     versions: list[Any] = []

@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Callable
 
+from model_checkpoint.checkpoint.directory import sync_folder
 from model_checkpoint.errors import ConfigurationError, ModelCheckpointError, StorageError
 from model_checkpoint.utils.folders import remove_folder
 from model_checkpoint.utils.kernel import exchange
@@ -52,7 +53,7 @@ def publish(target: str, is_folder: bool, overwrite: bool, write: Callable[[str]
         try:
             write(made)
             if is_folder:
-                _sync(made)
+                sync_folder(made)
             _check(target, is_folder, overwrite)  # it took a while
             old = _replace(made, target, is_folder)
         except BaseException as error:
@@ -61,7 +62,7 @@ def publish(target: str, is_folder: bool, overwrite: bool, write: Callable[[str]
             if isinstance(error, StorageError) and str(error.filename).startswith(made):
                 raise error.__cause__ or error from None  # its advice is about saving
             raise
-        _sync(os.path.dirname(target))
+        sync_folder(os.path.dirname(target))
     except ModelCheckpointError:
         raise
     except OSError as error:
@@ -103,11 +104,3 @@ def _check(target: str, is_folder: bool, overwrite: bool) -> None:
     others = [name for name in os.listdir(target) if not _EXPORTED.fullmatch(name)] if is_folder else []
     if others:
         raise ConfigurationError(f"{target} holds {others[0]!r}, which no export wrote; choose another folder")
-
-
-def _sync(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
